@@ -1,0 +1,1 @@
+//! Fetches OCI artifacts, verifies them, stores them by content and activates them by one rename.

@@ -1,0 +1,1 @@
+//! The catalogue of GPU runtime classes: Kata configuration, handler tables, RuntimeClass manifests.

@@ -1,0 +1,1 @@
+//! Restarts a systemd unit over D-Bus and tells how it went.
