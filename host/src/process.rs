@@ -1,0 +1,207 @@
+//! Other processes of the host: who answers a socket, what they run, what they hold open.
+//!
+//! Everything is read from `<root>/proc` (proc(5)) and may vanish while it is read; what has vanished is left out.
+
+use std::ffi::OsString;
+use std::fs;
+use std::io;
+use std::os::unix::ffi::OsStringExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+use crate::{Error, Root};
+
+/// A process found on the host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Process {
+    /// Its process id as the host's `/proc` has it.
+    pub pid: u32,
+    /// The program that it runs, as the host sees it; `None` when it cannot be read or has been replaced on disk.
+    pub exe: Option<PathBuf>,
+    /// Its command's short name (proc_pid_comm(5)).
+    pub name: String,
+}
+
+/// The process that listens on a unix socket (`SO_PEERCRED`, unix(7)); `None` when nobody does.
+///
+/// # Errors
+/// When the socket is there and cannot be asked.
+pub fn socket_peer(root: &Root, socket: &Path) -> Result<Option<Process>, Error> {
+    let stream = match UnixStream::connect(socket) {
+        Ok(stream) => stream,
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+            ) =>
+        {
+            return Ok(None);
+        }
+        Err(error) => return Err(Error::io("connect to", socket)(error)),
+    };
+    let peer = rustix::net::sockopt::socket_peercred(&stream)
+        .map_err(Error::io("ask the peer of", socket))?;
+    let pid = peer.pid.as_raw_nonzero().get().unsigned_abs();
+    Ok(describe(root, pid))
+}
+
+/// What is known of a process; `None` when it is gone.
+pub fn describe(root: &Root, pid: u32) -> Option<Process> {
+    let dir = proc_dir(root).join(pid.to_string());
+    let name = fs::read_to_string(dir.join("comm"))
+        .ok()?
+        .trim_end()
+        .to_owned();
+    let exe = fs::read_link(dir.join("exe"))
+        .ok()
+        .filter(|exe| !exe.to_string_lossy().ends_with(" (deleted)"));
+    Some(Process { pid, exe, name })
+}
+
+/// A variable of a process's environment at its start.
+pub fn environment_variable(root: &Root, pid: u32, name: &str) -> Option<OsString> {
+    let bytes = fs::read(proc_dir(root).join(pid.to_string()).join("environ")).ok()?;
+    bytes.split(|byte| *byte == 0).find_map(|pair| {
+        let value = pair.strip_prefix(name.as_bytes())?.strip_prefix(b"=")?;
+        Some(OsString::from_vec(value.to_owned()))
+    })
+}
+
+/// The words of a process's command line.
+pub fn arguments(root: &Root, pid: u32) -> Option<Vec<OsString>> {
+    let bytes = fs::read(proc_dir(root).join(pid.to_string()).join("cmdline")).ok()?;
+    let bytes = bytes.strip_suffix(b"\0").unwrap_or(&bytes);
+    Some(
+        bytes
+            .split(|byte| *byte == 0)
+            .map(|word| OsString::from_vec(word.to_owned()))
+            .collect(),
+    )
+}
+
+/// The processes that have a file below `dir` open or mapped, with one such file each. `dir` is a path of ours; inodes are
+/// compared, so that it does not matter under which name or in which mount namespace a process opened the file.
+///
+/// # Errors
+/// When `/proc` or `dir` cannot be listed.
+pub fn holders(root: &Root, dir: &Path) -> Result<Vec<(Process, PathBuf)>, Error> {
+    let files = inodes_below(dir)?;
+    if files.is_empty() {
+        return Ok(Vec::new());
+    }
+    let proc = proc_dir(root);
+    let mut found = Vec::new();
+    for entry in fs::read_dir(&proc)
+        .map_err(Error::io("list", &proc))?
+        .flatten()
+    {
+        let Some(pid) = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse().ok())
+        else {
+            continue;
+        };
+        if pid == std::process::id() {
+            continue;
+        }
+        let held = ["fd", "map_files"]
+            .iter()
+            .find_map(|kind| held_file(&entry.path().join(kind), &files));
+        if let (Some(path), Some(process)) = (held, describe(root, pid)) {
+            found.push((process, path));
+        }
+    }
+    Ok(found)
+}
+
+type Inodes = std::collections::HashMap<(u64, u64), PathBuf>;
+
+fn held_file(links: &Path, files: &Inodes) -> Option<PathBuf> {
+    use std::os::unix::fs::MetadataExt;
+    fs::read_dir(links).ok()?.flatten().find_map(|link| {
+        let meta = fs::metadata(link.path()).ok()?;
+        files.get(&(meta.dev(), meta.ino())).cloned()
+    })
+}
+
+fn inodes_below(dir: &Path) -> Result<Inodes, Error> {
+    use std::os::unix::fs::MetadataExt;
+    let mut files = Inodes::new();
+    let mut folders = vec![dir.to_owned()];
+    while let Some(folder) = folders.pop() {
+        let entries = match fs::read_dir(&folder) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(Error::io("list", &folder)(error)),
+        };
+        for entry in entries.flatten() {
+            let Ok(meta) = fs::symlink_metadata(entry.path()) else {
+                continue;
+            };
+            if meta.is_dir() {
+                folders.push(entry.path());
+            } else if meta.is_file() {
+                files.insert((meta.dev(), meta.ino()), entry.path());
+            }
+        }
+    }
+    Ok(files)
+}
+
+fn proc_dir(root: &Root) -> PathBuf {
+    root.path().join("proc")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[test]
+    fn the_peer_of_a_socket_is_found_and_an_absent_one_is_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Root::new("/").unwrap();
+        let socket = dir.path().join("s");
+        assert_eq!(socket_peer(&root, &socket).unwrap(), None);
+        let listener = UnixListener::bind(&socket).unwrap();
+        let peer = socket_peer(&root, &socket).unwrap().unwrap();
+        assert_eq!(peer.pid, std::process::id());
+        assert_eq!(peer.exe, std::env::current_exe().ok());
+        assert!(environment_variable(&root, peer.pid, "PATH").is_some());
+        assert_eq!(environment_variable(&root, peer.pid, "PAT"), None);
+        assert!(!arguments(&root, peer.pid).unwrap().is_empty());
+        drop(listener);
+        assert_eq!(socket_peer(&root, &socket).unwrap(), None);
+    }
+
+    #[test]
+    fn holders_are_found_by_inode() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Root::new("/").unwrap();
+        fs::create_dir(dir.path().join("generation")).unwrap();
+        fs::write(dir.path().join("image"), b"x").unwrap();
+        fs::hard_link(
+            dir.path().join("image"),
+            dir.path().join("generation/image"),
+        )
+        .unwrap();
+        assert!(
+            holders(&root, &dir.path().join("generation"))
+                .unwrap()
+                .is_empty()
+        );
+        let mut child = std::process::Command::new("cat")
+            .stdin(std::process::Stdio::piped())
+            .stdout(fs::File::open(dir.path().join("image")).unwrap())
+            .spawn()
+            .unwrap();
+        let found = holders(&root, &dir.path().join("generation")).unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(found.len(), 1);
+        assert_eq!(found[0].0.pid, child.id());
+        assert_eq!(found[0].1, dir.path().join("generation/image"));
+    }
+}

@@ -1,0 +1,267 @@
+//! The host's root directory, and paths below it.
+
+use std::fmt;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::{Component, Path, PathBuf};
+use std::str::FromStr;
+
+use rustix::fs::{Mode, OFlags, ResolveFlags};
+use serde::{Deserialize, Serialize};
+
+use crate::Error;
+
+/// An absolute, normalised path as the host sees it: no `.`, no `..`, no double slashes.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct HostPath(PathBuf);
+
+/// Why a text is no [`HostPath`].
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum PathError {
+    /// The path does not begin with `/`.
+    #[error("{0:?} is not an absolute path: begin it with /")]
+    NotAbsolute(String),
+    /// The path has a `..`, whose meaning depends on links.
+    #[error("{0:?} has a \"..\" in it: write the path out")]
+    Parent(String),
+    /// The path is not UTF-8 or has a control character, so it cannot be written into configuration files.
+    #[error("{0:?} has a character that configuration files cannot carry")]
+    Unprintable(String),
+}
+
+impl HostPath {
+    /// Checks and normalises a path.
+    ///
+    /// # Errors
+    /// [`PathError`] if it is relative, has a `..`, is not UTF-8 or has control characters.
+    pub fn new(path: impl AsRef<Path>) -> Result<HostPath, PathError> {
+        let path = path.as_ref();
+        let shown = path.display().to_string();
+        if path
+            .to_str()
+            .is_none_or(|text| text.chars().any(char::is_control))
+        {
+            return Err(PathError::Unprintable(shown));
+        }
+        if !path.is_absolute() {
+            return Err(PathError::NotAbsolute(shown));
+        }
+        if path.components().any(|part| part == Component::ParentDir) {
+            return Err(PathError::Parent(shown));
+        }
+        Ok(HostPath(path.components().collect()))
+    }
+
+    /// The path itself, to be written into the host's files.
+    pub fn as_path(&self) -> &Path {
+        &self.0
+    }
+
+    /// The path as text; a `HostPath` is always UTF-8.
+    pub fn as_str(&self) -> &str {
+        self.0.to_str().unwrap_or_default()
+    }
+
+    /// A path below this one. Leading `/` and `..` in `relative` are dropped rather than obeyed.
+    pub fn join(&self, relative: impl AsRef<Path>) -> HostPath {
+        let mut path = self.0.clone();
+        path.extend(
+            relative
+                .as_ref()
+                .components()
+                .filter_map(|part| match part {
+                    Component::Normal(name) => Some(name),
+                    _ => None,
+                }),
+        );
+        HostPath(path)
+    }
+
+    /// The folder that this path is in; `None` for `/`.
+    pub fn parent(&self) -> Option<HostPath> {
+        self.0.parent().map(|parent| HostPath(parent.to_owned()))
+    }
+}
+
+impl fmt::Display for HostPath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl FromStr for HostPath {
+    type Err = PathError;
+
+    fn from_str(text: &str) -> Result<HostPath, PathError> {
+        HostPath::new(text)
+    }
+}
+
+impl TryFrom<String> for HostPath {
+    type Error = PathError;
+
+    fn try_from(text: String) -> Result<HostPath, PathError> {
+        HostPath::new(text)
+    }
+}
+
+impl From<HostPath> for String {
+    fn from(path: HostPath) -> String {
+        path.as_str().to_owned()
+    }
+}
+
+/// The host's root directory.
+#[derive(Debug)]
+pub struct Root {
+    path: PathBuf,
+    fd: OwnedFd,
+}
+
+impl Root {
+    /// Opens a root: `/`, or the folder where the host's root is mounted.
+    ///
+    /// # Errors
+    /// When the folder cannot be opened.
+    pub fn new(path: impl AsRef<Path>) -> Result<Root, Error> {
+        let path = path.as_ref();
+        let path = path
+            .canonicalize()
+            .map_err(Error::io("open host root", path))?;
+        let fd = rustix::fs::open(
+            &path,
+            OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )
+        .map_err(Error::io("open host root", &path))?;
+        Ok(Root { path, fd })
+    }
+
+    /// Whether the host's root is this process's own.
+    pub fn is_slash(&self) -> bool {
+        self.path == Path::new("/")
+    }
+
+    /// The folder where the host's root is, as this process sees it.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Where this process finds a path of the host. Symlinks are followed as the host would follow them, never out of the
+    /// root (openat2(2), `RESOLVE_IN_ROOT`). A tail that does not exist yet is kept as it is.
+    ///
+    /// # Errors
+    /// When the path cannot be walked for another reason than absence.
+    pub fn resolve(&self, path: &HostPath) -> Result<PathBuf, Error> {
+        let mut head = path.as_path();
+        let mut missing = Vec::new();
+        loop {
+            match self.open_path(head) {
+                Ok(fd) => {
+                    let link = format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd());
+                    let mut found = std::fs::read_link(link).map_err(Error::io("resolve", head))?;
+                    found.extend(missing.iter().rev());
+                    return Ok(found);
+                }
+                Err(rustix::io::Errno::NOENT) => match (head.parent(), head.file_name()) {
+                    (Some(parent), Some(name)) => {
+                        missing.push(name.to_owned());
+                        head = parent;
+                    }
+                    _ => {
+                        return Err(Error::io("resolve", path.as_path())(
+                            rustix::io::Errno::NOENT,
+                        ));
+                    }
+                },
+                Err(errno) => return Err(Error::io("resolve", path.as_path())(errno)),
+            }
+        }
+    }
+
+    /// The host's name for a path of ours; `None` if the path is not below the root.
+    pub fn host_path(&self, ours: &Path) -> Option<HostPath> {
+        let relative = ours.strip_prefix(&self.path).ok()?;
+        HostPath::new(Path::new("/").join(relative)).ok()
+    }
+
+    fn open_path(&self, path: &Path) -> Result<OwnedFd, rustix::io::Errno> {
+        let relative = path.strip_prefix("/").unwrap_or(path);
+        let relative = if relative.as_os_str().is_empty() {
+            Path::new(".")
+        } else {
+            relative
+        };
+        rustix::fs::openat2(
+            &self.fd,
+            relative,
+            OFlags::PATH | OFlags::CLOEXEC,
+            Mode::empty(),
+            ResolveFlags::IN_ROOT,
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn paths_are_normalised_or_refused() {
+        assert_eq!(HostPath::new("//a/./b//c/").unwrap().as_str(), "/a/b/c");
+        assert!(matches!(
+            HostPath::new("a/b"),
+            Err(PathError::NotAbsolute(_))
+        ));
+        assert!(matches!(
+            HostPath::new("/a/../b"),
+            Err(PathError::Parent(_))
+        ));
+        assert!(matches!(
+            HostPath::new("/a\nb"),
+            Err(PathError::Unprintable(_))
+        ));
+        assert_eq!(
+            HostPath::new("/a").unwrap().join("/../x/y").as_str(),
+            "/a/x/y"
+        );
+    }
+
+    #[test]
+    fn links_are_followed_inside_the_root() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(dir.path().join("data/etc")).unwrap();
+        symlink("/data/etc", dir.path().join("etc")).unwrap();
+        symlink("../../../../outside", dir.path().join("data/escape")).unwrap();
+        let root = Root::new(dir.path()).unwrap();
+        let base = dir.path().canonicalize().unwrap();
+
+        let config = root
+            .resolve(&HostPath::new("/etc/containerd/config.toml").unwrap())
+            .unwrap();
+        assert_eq!(config, base.join("data/etc/containerd/config.toml"));
+        assert_eq!(
+            root.host_path(&config).unwrap().as_str(),
+            "/data/etc/containerd/config.toml"
+        );
+
+        let escape = root
+            .resolve(&HostPath::new("/data/escape/file").unwrap())
+            .unwrap();
+        assert!(escape.starts_with(&base), "{escape:?}");
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_a_path_or_an_error(text in "\\PC*") {
+            if let Ok(path) = HostPath::new(&text) {
+                prop_assert!(path.as_path().is_absolute());
+                prop_assert_eq!(HostPath::new(path.as_path()).unwrap(), path);
+            }
+        }
+    }
+}
