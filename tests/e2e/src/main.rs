@@ -1,0 +1,43 @@
+//! The end-to-end tests. `cargo run -p km-tests-e2e -- [FILTER]`; `--list` shows them.
+//!
+//! They need root. What a machine cannot run is reported as ignored, with the reason; set `KM_E2E_REQUIRE=1` where that must
+//! count as a failure.
+
+#![expect(
+    clippy::disallowed_methods,
+    reason = "tests prepare their files and start their programs plainly, outside any host root"
+)]
+
+mod tests;
+
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+use km_tests_e2e::sandbox::{self, Entered};
+use km_tests_e2e::{parts, suite};
+use libtest_mimic::{Arguments, Trial};
+
+fn main() -> Result<ExitCode> {
+    let mut arguments = Arguments::from_args();
+    let sandbox = if arguments.list {
+        Err("only listed".to_owned())
+    } else {
+        match sandbox::enter(parts::ALL)? {
+            Entered::Left(code) => return Ok(code),
+            Entered::Inside(sandbox) => Ok(sandbox),
+            Entered::Unavailable(reason) if std::env::var_os("KM_E2E_REQUIRE").is_some() => {
+                bail!("this machine cannot run the end-to-end tests: {reason}")
+            }
+            Entered::Unavailable(reason) => Err(reason),
+        }
+    };
+    // Each test starts programs of its own; more at a time than this only makes all of them late.
+    arguments.test_threads = arguments.test_threads.or(Some(2));
+    let subjects = [("harness", tests::harness::TESTS)];
+    let trials: Vec<Trial> = subjects
+        .iter()
+        .flat_map(|(subject, tests)| tests.iter().map(|test| (*subject, *test)))
+        .map(|(subject, test)| suite::trial(subject, test, &sandbox))
+        .collect();
+    Ok(libtest_mimic::run(&arguments, trials).exit_code())
+}

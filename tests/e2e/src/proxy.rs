@@ -1,0 +1,248 @@
+//! A network that fails to order: an HTTP/1.1 proxy on 127.0.0.1 in front of a real plain registry.
+//!
+//! Each connection carries one request (`Connection: close` both ways), so that a rule meets exactly the response that it names.
+//! It also writes down every request, for tests that count them.
+
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use rustix::net::sockopt::set_socket_linger;
+
+use crate::sandbox::Sandbox;
+
+/// The longest request or response head that is taken; registries stay far below it.
+const LONGEST_HEAD: usize = 64 * 1024;
+
+/// What happens to a response.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// The body ends cleanly after this many bytes; its announced length stays.
+    Truncate(u64),
+    /// The connection is reset (RST) after this many bytes of body.
+    Reset(u64),
+    /// Nothing comes for a time after this many bytes of body; then the rest.
+    Stall(u64, Duration),
+    /// The byte at this offset of the body has all its bits turned.
+    Corrupt(u64),
+    /// The registry is not asked; this HTTP status comes back with an empty body.
+    Status(u16),
+}
+
+/// Which responses a fault hits, and how many of them.
+#[derive(Clone, Debug)]
+pub struct Rule {
+    /// A part of the request's path: `/blobs/`, `/manifests/`, a digest.
+    pub path: String,
+    /// What happens.
+    pub fault: Fault,
+    /// How many more responses it hits; a rule that is used up stays and does nothing.
+    pub times: u32,
+}
+
+/// A request that came by.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// `GET`, `HEAD`...
+    pub method: String,
+    /// Path and query.
+    pub path: String,
+    /// The `Range` header.
+    pub range: Option<String>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    rules: Vec<Rule>,
+    requests: Vec<Request>,
+}
+
+/// A running proxy. Its threads end with the program.
+#[derive(Debug)]
+pub struct Proxy {
+    port: u16,
+    state: Arc<Mutex<State>>,
+}
+
+impl Proxy {
+    /// Starts a proxy to the registry at `upstream`, a port of 127.0.0.1. It has no rules yet.
+    ///
+    /// # Errors
+    /// When it cannot listen.
+    pub fn start(sandbox: &Sandbox, upstream: u16) -> Result<Self> {
+        let port = sandbox.port();
+        let listener = TcpListener::bind(("127.0.0.1", port))
+            .with_context(|| format!("listen on 127.0.0.1:{port}"))?;
+        let state = Arc::new(Mutex::new(State::default()));
+        let shared = Arc::clone(&state);
+        thread::spawn(move || {
+            for client in listener.incoming().flatten() {
+                let shared = Arc::clone(&shared);
+                // A connection that breaks is the client's to notice, as with a real network.
+                thread::spawn(move || drop(serve(&client, upstream, &shared)));
+            }
+        });
+        Ok(Self { port, state })
+    }
+
+    /// Its host and port, as references begin.
+    pub fn host(&self) -> String {
+        format!("127.0.0.1:{}", self.port)
+    }
+
+    /// A reference to something behind it.
+    pub fn reference(&self, name_and_tag: &str) -> String {
+        format!("{}/{name_and_tag}", self.host())
+    }
+
+    /// Adds a rule. The first rule that fits a response and is not used up counts.
+    pub fn rule(&self, path: &str, fault: Fault, times: u32) {
+        lock(&self.state).rules.push(Rule {
+            path: path.to_owned(),
+            fault,
+            times,
+        });
+    }
+
+    /// Lets everything pass again.
+    pub fn clear(&self) {
+        lock(&self.state).rules.clear();
+    }
+
+    /// The requests since the last call.
+    pub fn take_requests(&self) -> Vec<Request> {
+        std::mem::take(&mut lock(&self.state).requests)
+    }
+}
+
+fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Writes the request down and finds the fault that its response is to suffer.
+fn admit(state: &Mutex<State>, request: Request) -> Option<Fault> {
+    let mut state = lock(state);
+    let fault = state
+        .rules
+        .iter_mut()
+        .find(|rule| rule.times > 0 && request.path.contains(&rule.path))
+        .map(|rule| {
+            rule.times -= 1;
+            rule.fault
+        });
+    state.requests.push(request);
+    fault
+}
+
+fn serve(mut client: &TcpStream, upstream: u16, state: &Mutex<State>) -> io::Result<()> {
+    let (head, body_start) = read_head(&mut client)?;
+    let Some(request) = parse(&head) else {
+        return client.write_all(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n");
+    };
+    let fault = admit(state, request);
+    if let Some(Fault::Status(code)) = fault {
+        let answer =
+            format!("HTTP/1.1 {code} Fault\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+        return client.write_all(answer.as_bytes());
+    }
+    let mut server = TcpStream::connect(("127.0.0.1", upstream))?;
+    server.write_all(closing(&head).as_bytes())?;
+    server.write_all(&body_start)?;
+    let (mut from, mut to) = (client.try_clone()?, server.try_clone()?);
+    // The request's body. It ends when either side closes, which the end of the response brings about.
+    let body = thread::spawn(move || drop(io::copy(&mut from, &mut to)));
+    let outcome = respond(client, &server, fault);
+    // Only the reading half of the client's: closing it then tells the client of its end, orderly or by a reset.
+    drop(server.shutdown(Shutdown::Both));
+    drop(client.shutdown(Shutdown::Read));
+    drop(body.join());
+    outcome
+}
+
+/// Passes the response on.
+fn respond(mut client: &TcpStream, server: &TcpStream, fault: Option<Fault>) -> io::Result<()> {
+    let (mut head, mut body_start) = read_head(&mut &*server)?;
+    while head.starts_with("HTTP/1.1 1") {
+        client.write_all(head.as_bytes())?; // 100 Continue
+        (head, body_start) = read_head(&mut (&body_start[..]).chain(server))?;
+    }
+    client.write_all(closing(&head).as_bytes())?;
+    relay(&mut (&body_start[..]).chain(server), client, fault)
+}
+
+/// Copies a response's body, with its fault.
+fn relay(from: &mut impl Read, mut client: &TcpStream, fault: Option<Fault>) -> io::Result<()> {
+    let mut pass = |limit: u64, client: &mut &TcpStream| io::copy(&mut from.take(limit), client);
+    match fault {
+        None | Some(Fault::Status(_)) => {}
+        Some(Fault::Truncate(after)) => {
+            pass(after, &mut client)?;
+            return Ok(());
+        }
+        Some(Fault::Reset(after)) => {
+            pass(after, &mut client)?;
+            // Closing with a linger of zero sends a reset in place of the orderly end.
+            set_socket_linger(client, Some(Duration::ZERO))?;
+            return Ok(());
+        }
+        Some(Fault::Stall(after, pause)) => {
+            pass(after, &mut client)?;
+            thread::sleep(pause);
+        }
+        Some(Fault::Corrupt(at)) => {
+            pass(at, &mut client)?;
+            let mut byte = [0];
+            if from.read(&mut byte)? == 1 {
+                client.write_all(&[!byte[0]])?;
+            }
+        }
+    }
+    io::copy(from, &mut client)?;
+    Ok(())
+}
+
+/// Reads up to the empty line that ends a head; gives the head with it, and what was read beyond.
+fn read_head(from: &mut impl Read) -> io::Result<(String, Vec<u8>)> {
+    let mut bytes = Vec::new();
+    let mut buffer = [0; 4096];
+    loop {
+        if let Some(end) = bytes.windows(4).position(|four| four == b"\r\n\r\n") {
+            let rest = bytes.split_off(end + 4);
+            return Ok((String::from_utf8_lossy(&bytes).into_owned(), rest));
+        }
+        let n = from.read(&mut buffer)?;
+        if n == 0 || bytes.len() > LONGEST_HEAD {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        bytes.extend_from_slice(&buffer[..n]);
+    }
+}
+
+/// A head with `Connection: close` in place of what it said about the connection.
+fn closing(head: &str) -> String {
+    let mut kept: Vec<&str> = head
+        .trim_end()
+        .split("\r\n")
+        .filter(|line| !line.to_ascii_lowercase().starts_with("connection:"))
+        .collect();
+    kept.push("Connection: close\r\n\r\n");
+    kept.join("\r\n")
+}
+
+fn parse(head: &str) -> Option<Request> {
+    let mut lines = head.split("\r\n");
+    let mut words = lines.next()?.split(' ');
+    let (method, path) = (words.next()?.to_owned(), words.next()?.to_owned());
+    let range = lines
+        .filter_map(|line| line.split_once(':'))
+        .find(|(name, _)| name.eq_ignore_ascii_case("range"))
+        .map(|(_, value)| value.trim().to_owned());
+    Some(Request {
+        method,
+        path,
+        range,
+    })
+}
