@@ -1,20 +1,20 @@
-//! The kata-manager binary under test: run to its end, or killed at one of its own state changes.
+//! The kata-manager binary under test: run to its end, or killed right after one of its own state changes.
 
-use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::fs;
-use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+use rustix::process::{Pid, Signal, kill_process};
 
-use crate::process::{self, Finished};
+use crate::process::{self, Daemon, Finished};
 use crate::sandbox::Sandbox;
+use crate::wait;
 
-/// The system calls that change what a file system shows under a name. A kill before each of them, one run a kill, meets every
-/// state that a crash can leave.
+/// The system calls that change what a file system shows under a name. A kill after each of them, one run a kill, meets every
+/// such state that a crash can leave.
 const CHANGES: &str =
     "rename,renameat,renameat2,link,linkat,symlink,symlinkat,unlink,unlinkat,rmdir,mkdir,mkdirat";
 
@@ -26,26 +26,6 @@ const DEADLINE: Duration = Duration::from_secs(180);
 pub struct Km {
     binary: PathBuf,
     env: Vec<(OsString, OsString)>,
-}
-
-/// The state changes that a run made.
-#[derive(Clone, Debug)]
-pub struct Changes {
-    /// Each system call, in order, as strace shows it, with the thread's number before it.
-    pub calls: Vec<String>,
-}
-
-impl Changes {
-    /// The most that any one thread made: the last `n` at which [`Km::killed_at`] can strike, since strace counts by thread.
-    pub fn most_in_a_thread(&self) -> usize {
-        let mut counts: HashMap<&str, usize> = HashMap::new();
-        for call in &self.calls {
-            *counts
-                .entry(call.split(' ').next().unwrap_or_default())
-                .or_default() += 1;
-        }
-        counts.into_values().max().unwrap_or(0)
-    }
 }
 
 impl Km {
@@ -142,7 +122,7 @@ impl Km {
         Ok(finished)
     }
 
-    /// Runs it to its end and lists its state changes. Programs that it starts are not watched.
+    /// Runs it to its end and lists its state changes, as strace shows them. Programs that it starts are not watched.
     ///
     /// # Errors
     /// When it cannot be run under strace.
@@ -150,40 +130,63 @@ impl Km {
         &self,
         sandbox: &Sandbox,
         args: &[S],
-    ) -> Result<(Finished, Changes)> {
+    ) -> Result<(Finished, Vec<String>)> {
         let log = sandbox.folder("strace")?.join("log");
         let finished = process::run(&mut self.strace(sandbox, &log, &[], args), DEADLINE)?;
         let text = fs::read_to_string(&log)
             .with_context(|| format!("read strace's {}: {finished}", log.display()))?;
-        let calls = text
+        let changes = text
             .lines()
             .filter(|line| line.contains('(') && !line.contains("resumed>"))
             .map(str::to_owned)
             .collect();
-        Ok((finished, Changes { calls }))
+        Ok((finished, changes))
     }
 
-    /// Runs it and kills it (SIGKILL) just before the `n`th state change (from 1) of whichever thread gets there first.
+    /// Runs it and kills it (SIGKILL) right after its `n`th state change, counted from 1 over all of its threads.
     ///
-    /// Gives true when it was killed, false when it ended by itself before, having made fewer changes.
+    /// strace stops it after every change; we count, and let it go on or kill it. Gives true when it was killed, false when
+    /// it ended by itself before, having made fewer changes. So a test can go on with n = 1, 2, 3... until it gets false.
     ///
     /// # Errors
     /// When it cannot be run under strace, or neither was killed nor ended.
-    pub fn killed_at<S: AsRef<OsStr>>(
+    pub fn killed_after<S: AsRef<OsStr>>(
         &self,
         sandbox: &Sandbox,
         args: &[S],
         n: usize,
     ) -> Result<bool> {
-        let inject = format!("inject={CHANGES}:signal=SIGKILL:when={n}");
-        let log = sandbox.folder("strace")?.join("log");
+        let folder = sandbox.folder("strace")?;
+        let log = folder.join("log");
+        let inject = format!("inject={CHANGES}:signal=SIGSTOP");
         let mut command = self.strace(sandbox, &log, &["-e", &inject], args);
-        let finished = process::run(&mut command, DEADLINE)?;
-        match (finished.status.signal(), finished.code()) {
-            (Some(9), _) => Ok(true),
-            (None, Some(_)) => Ok(false),
-            _ => bail!("kata-manager under strace {finished}"),
+        let mut strace = Daemon::spawn("strace", &mut command, &folder.join("output"))?;
+        let started = Instant::now();
+        let mut seen = 0;
+        while started.elapsed() < DEADLINE {
+            if strace.ended()?.is_some() {
+                return Ok(false);
+            }
+            let stops = stops(&log)?;
+            if stops.len() <= seen {
+                std::thread::sleep(Duration::from_millis(1));
+                continue;
+            }
+            seen = stops.len();
+            let process = stopped_process(stops[seen - 1])?;
+            if seen >= n {
+                kill_process(process, Signal::KILL).context("kill it")?;
+                wait::until("strace to end", Duration::from_secs(10), || {
+                    strace.ended()?.context("it still runs")
+                })?;
+                return Ok(true);
+            }
+            kill_process(process, Signal::CONT).context("let it go on")?;
         }
+        bail!(
+            "kata-manager neither made {n} changes nor ended in {DEADLINE:?}; after {seen} changes it had said:\n{}",
+            strace.log_tail()
+        )
     }
 
     /// `-f`: all threads; `-b execve`: not the programs that it starts.
@@ -206,4 +209,42 @@ impl Km {
             .args(args);
         command
     }
+}
+
+/// The thread of each stop that strace has written down, in order.
+fn stops(log: &Path) -> Result<Vec<i32>> {
+    let text = match fs::read_to_string(log) {
+        Ok(text) => text,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error).with_context(|| format!("read {}", log.display())),
+    };
+    text.lines()
+        .filter(|line| line.contains("--- SIGSTOP {"))
+        .map(|line| {
+            let thread = line.split(' ').next().unwrap_or_default();
+            thread
+                .parse()
+                .with_context(|| format!("a thread's number in strace's line {line:?}"))
+        })
+        .collect()
+}
+
+/// The process of a thread, once all of its threads stand still.
+fn stopped_process(thread: i32) -> Result<Pid> {
+    let status =
+        fs::read_to_string(format!("/proc/{thread}/status")).context("find the process")?;
+    let process: i32 = status
+        .lines()
+        .find_map(|line| line.strip_prefix("Tgid:")?.trim().parse().ok())
+        .context("a thread without a process")?;
+    wait::until("all threads to stop", Duration::from_secs(10), || {
+        for entry in fs::read_dir(format!("/proc/{process}/task"))? {
+            let stat = fs::read_to_string(entry?.path().join("stat"))?;
+            // proc(5): the state follows the name, which is in parentheses and may hold some.
+            let state = stat.rsplit(") ").next().unwrap_or_default();
+            ensure!(state.starts_with(['t', 'T']), "one still runs: {state}");
+        }
+        Ok(())
+    })?;
+    Pid::from_raw(process).context("a process without a number")
 }

@@ -136,12 +136,22 @@ impl Daemon {
         })
     }
 
+    /// How it ended, once it has.
+    ///
+    /// # Errors
+    /// When the kernel cannot say.
+    pub fn ended(&mut self) -> Result<Option<ExitStatus>> {
+        self.child
+            .try_wait()
+            .with_context(|| format!("look after {}", self.name))
+    }
+
     /// Fails when the program has ended, with the end of its log: for use while waiting for something that it should do.
     ///
     /// # Errors
     /// When it has ended.
     pub fn still_runs(&mut self) -> Result<()> {
-        match self.child.try_wait()? {
+        match self.ended()? {
             None => Ok(()),
             Some(status) => bail!("{} ended with {status}\n{}", self.name, self.log_tail()),
         }

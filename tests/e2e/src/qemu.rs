@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail};
 
 use crate::process;
 
@@ -13,6 +13,8 @@ use crate::process;
 pub struct Boot {
     /// All that came over its serial console.
     pub console: String,
+    /// The line that was waited for, from there to its end, without the firmware's escape sequences before it.
+    pub line: String,
     /// Time from QEMU's start to the guest's poweroff.
     pub took: Duration,
 }
@@ -63,12 +65,14 @@ pub fn boot(
     let finished = process::run(&mut command, deadline)
         .with_context(|| format!("boot {} with {}", kernel.display(), initrd.display()))?
         .success()?;
-    ensure!(
-        finished.stdout.contains(line),
-        "the guest ended without the line {line:?}: {finished}"
-    );
+    let at = finished.stdout.find(line);
+    let Some(at) = at else {
+        bail!("the guest ended without the line {line:?}: {finished}");
+    };
+    let line = finished.stdout[at..].lines().next().unwrap_or_default();
     Ok(Boot {
         took: finished.took,
+        line: line.to_owned(),
         console: finished.stdout,
     })
 }

@@ -8,17 +8,17 @@
 //!    containerd's shims outlive their parents, and a zombie would look alive to whoever asks.
 //! 3. *inside*: the program proper.
 
-use std::ffi::OsString;
+use std::ffi::{CStr, CString, OsString};
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, ExitStatus};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use rustix::mount::{MountFlags, mount};
+use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind, mount_remount, unmount};
 use rustix::process::{Pid, WaitOptions};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -27,6 +27,8 @@ use crate::process;
 
 const ROLE: &str = "KM_E2E_ROLE";
 const WORK: &str = "KM_E2E_WORK";
+/// Where the work folder shows inside: short, as a socket's path may have 108 bytes, and the same in every run.
+const INSIDE: &str = "/run/km";
 const PARTS: &str = "KM_E2E_PARTS";
 
 /// Private mounts, network and processes; all processes die with `unshare` itself (util-linux 2.32 and later).
@@ -60,7 +62,6 @@ pub struct Sandbox {
     parts: Parts,
     work: PathBuf,
     next_port: Arc<AtomicU16>,
-    next_folder: Arc<AtomicU32>,
 }
 
 impl Sandbox {
@@ -69,15 +70,29 @@ impl Sandbox {
         &self.parts
     }
 
-    /// A new empty folder, mode 0755, whose name begins with `name`. It lasts as long as the sandbox.
+    /// A new empty folder, mode 0755, called `name`, or `name-2` and so on when that is taken. It lasts as long as the sandbox.
     ///
     /// # Errors
     /// When it cannot be made.
     pub fn folder(&self, name: &str) -> Result<PathBuf> {
-        let n = self.next_folder.fetch_add(1, Ordering::Relaxed);
-        let path = self.work.join(format!("{name}-{n}"));
-        fs::create_dir(&path).with_context(|| format!("make {}", path.display()))?;
+        let mut path = self.work.join(name);
+        for n in 2.. {
+            match fs::create_dir(&path) {
+                Ok(()) => break,
+                Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
+                    path = self.work.join(format!("{name}-{n}"));
+                }
+                Err(error) => {
+                    return Err(error).with_context(|| format!("make {}", path.display()));
+                }
+            }
+        }
         Ok(path)
+    }
+
+    /// The folder that all others lie in: a short name inside the sandbox, on a real file system outside.
+    pub fn work(&self) -> &Path {
+        &self.work
     }
 
     /// A TCP port that nobody else has been given: the network is ours alone, so counting is enough. The first is 5000.
@@ -85,12 +100,45 @@ impl Sandbox {
         self.next_port.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// Covers an existing folder (`/etc/kata-manager`'s parent, `/opt`) with an empty one in memory, within the sandbox only.
+    /// Covers an existing folder (`/opt`, `/etc/kubernetes`) with an empty one in memory, within the sandbox only.
     ///
     /// # Errors
     /// When the kernel refuses the mount.
     pub fn cover(&self, folder: &Path) -> Result<()> {
-        cover(folder)
+        cover(folder, c"mode=0755")
+    }
+
+    /// A new folder as by [`Self::folder`], on a file system in memory that holds `mebibytes` MiB: a disk to fill up.
+    ///
+    /// # Errors
+    /// When the kernel refuses the mount.
+    pub fn small_disk(&self, name: &str, mebibytes: u32) -> Result<PathBuf> {
+        let folder = self.folder(name)?;
+        let options = CString::new(format!("mode=0755,size={mebibytes}m"))?;
+        cover(&folder, &options)?;
+        Ok(folder)
+    }
+
+    /// Makes a folder read-only (EROFS, also for root) until the guard is dropped.
+    ///
+    /// # Errors
+    /// When the kernel refuses the mount.
+    pub fn read_only(&self, folder: &Path) -> Result<ReadOnly> {
+        mount_bind(folder, folder)
+            .and_then(|()| mount_remount(folder, MountFlags::BIND | MountFlags::RDONLY, c""))
+            .with_context(|| format!("make {} read-only", folder.display()))?;
+        Ok(ReadOnly(folder.to_owned()))
+    }
+}
+
+/// A folder that is read-only until this is dropped.
+#[derive(Debug)]
+pub struct ReadOnly(PathBuf);
+
+impl Drop for ReadOnly {
+    fn drop(&mut self) {
+        // Should it stay mounted, what the test does next fails and says so.
+        drop(unmount(&self.0, UnmountFlags::DETACH));
     }
 }
 
@@ -109,9 +157,8 @@ pub fn enter(groups: &[&str]) -> Result<Entered> {
         }
         Ok("inside") => Ok(Entered::Inside(Sandbox {
             parts: Parts::at(&from_env(PARTS)?)?,
-            work: from_env(WORK)?,
+            work: PathBuf::from(INSIDE),
             next_port: Arc::new(AtomicU16::new(5000)),
-            next_folder: Arc::new(AtomicU32::new(1)),
         })),
         _ => outer(groups),
     }
@@ -203,7 +250,10 @@ fn code(status: ExitStatus) -> ExitCode {
 /// Makes the namespace's own `/run` and loopback device.
 fn prepare() -> Result<()> {
     // Shim sockets (/run/containerd/s) and runc's state (/run/containerd/runc) are hardwired there.
-    cover(Path::new("/run"))?;
+    let work = from_env(WORK)?;
+    cover(Path::new("/run"), c"mode=0755")?;
+    fs::create_dir(INSIDE).context("make the work folder's mount point")?;
+    mount_bind(&work, INSIDE).with_context(|| format!("show {} as {INSIDE}", work.display()))?;
     let parts = Parts::at(&from_env(PARTS)?)?;
     process::run(
         Command::new(parts.busybox()).args(["ip", "link", "set", "lo", "up"]),
@@ -214,13 +264,13 @@ fn prepare() -> Result<()> {
     Ok(())
 }
 
-fn cover(folder: &Path) -> Result<()> {
+fn cover(folder: &Path, options: &CStr) -> Result<()> {
     mount(
         "tmpfs",
         folder,
         "tmpfs",
         MountFlags::NOSUID | MountFlags::NODEV,
-        Some(c"mode=0755"),
+        Some(options),
     )
     .with_context(|| format!("cover {} with an empty folder", folder.display()))
 }

@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use messages as m;
 use tonic::codegen::http::uri::PathAndQuery;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Endpoint;
 use tonic_prost::ProstCodec;
 
 /// CRI's `NamespaceMode.NODE`: the pod uses the machine's own network, so that no CNI plugin is needed.
@@ -20,11 +20,11 @@ const NODE: i32 = 2;
 /// The longest that a call may take on a busy machine: a pod's start, with its shim.
 const DEADLINE: Duration = Duration::from_secs(60);
 
-/// A connection to one containerd. Calls block.
+/// A client of one containerd. Calls block, and each connects anew: a connection from before a restart would fail late.
 #[derive(Debug)]
 pub struct Cri {
     runtime: tokio::runtime::Runtime,
-    channel: Channel,
+    endpoint: Endpoint,
 }
 
 /// A running pod with one running container.
@@ -48,7 +48,7 @@ pub struct Said {
 }
 
 impl Cri {
-    /// A client of the containerd that listens on `socket`. Connects at the first call, and anew after a restart.
+    /// A client of the containerd that listens on `socket`, which need not be up yet.
     ///
     /// # Errors
     /// When the path cannot be an address.
@@ -59,11 +59,10 @@ impl Cri {
             .context("start a runtime for the CRI client")?;
         let endpoint = Endpoint::from_shared(format!("unix://{}", socket.display()))
             .with_context(|| format!("{} as an address", socket.display()))?;
-        let channel = {
-            let _guard = runtime.enter();
-            endpoint.timeout(DEADLINE).connect_lazy()
-        };
-        Ok(Self { runtime, channel })
+        Ok(Self {
+            runtime,
+            endpoint: endpoint.timeout(DEADLINE),
+        })
     }
 
     fn call<Q, S>(&self, method: &'static str, request: Q) -> Result<S>
@@ -71,12 +70,14 @@ impl Cri {
         Q: prost::Message + Send + Sync + 'static,
         S: prost::Message + Default + Send + Sync + 'static,
     {
-        let mut client = tonic::client::Grpc::new(self.channel.clone());
         self.runtime.block_on(async {
-            client
-                .ready()
+            let channel = self
+                .endpoint
+                .connect()
                 .await
                 .with_context(|| format!("{method}: containerd does not answer"))?;
+            let mut client = tonic::client::Grpc::new(channel);
+            client.ready().await?;
             let response = client
                 .unary(
                     tonic::Request::new(request),

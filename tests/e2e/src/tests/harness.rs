@@ -17,6 +17,10 @@ use km_tests_e2e::{guest, images, process, provider, qemu};
 
 pub(crate) const TESTS: &[Test] = &[
     ("nothing_of_the_machine_shows", nothing_of_the_machine_shows),
+    (
+        "disks_fill_up_and_are_read_only",
+        disks_fill_up_and_are_read_only,
+    ),
     ("containerd_1_6_runs_a_pod", |s| {
         containerd(s, &Options::new(Version::V1_6), "1.6.")
     }),
@@ -55,7 +59,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("proxy_fails_to_order", proxy_fails_to_order),
     ("provider_is_real", provider_is_real),
     ("guest_boots", guest_boots),
-    ("kill_at_a_state_change", kill_at_a_state_change),
+    ("kill_after_a_state_change", kill_after_a_state_change),
 ];
 
 fn user() -> User {
@@ -68,12 +72,24 @@ fn user() -> User {
 fn nothing_of_the_machine_shows(_: &Sandbox) -> Result<()> {
     let run: Vec<_> = std::fs::read_dir("/run")?.flatten().collect();
     ensure!(
-        run.iter().all(|entry| ["containerd", "runc", "nri"]
+        run.iter().all(|entry| ["km", "containerd", "runc", "nri"]
             .iter()
             .any(|&n| entry.file_name() == n)),
         "/run holds what no test put there: {run:?}"
     );
     ensure!(std::process::id() < 1000, "the process IDs are not our own");
+    Ok(())
+}
+
+fn disks_fill_up_and_are_read_only(sandbox: &Sandbox) -> Result<()> {
+    let disk = sandbox.small_disk("disk", 1)?;
+    let full = std::fs::write(disk.join("file"), vec![1; 2 << 20]);
+    ensure!(full.is_err_and(|error| error.kind() == std::io::ErrorKind::StorageFull));
+    let guard = sandbox.read_only(&disk)?;
+    let refused = std::fs::write(disk.join("other"), "");
+    ensure!(refused.is_err_and(|error| error.kind() == std::io::ErrorKind::ReadOnlyFilesystem));
+    drop(guard);
+    std::fs::write(disk.join("other"), "")?;
     Ok(())
 }
 
@@ -293,25 +309,23 @@ fn guest_boots(sandbox: &Sandbox) -> Result<()> {
     Ok(())
 }
 
-/// Strikes busybox's mv, one thread with one rename, in place of kata-manager.
-fn kill_at_a_state_change(sandbox: &Sandbox) -> Result<()> {
-    let folder = sandbox.folder("mv")?;
-    let (a, b) = (folder.join("a"), folder.join("b"));
-    std::fs::write(&a, "content")?;
+/// Strikes busybox's mkdir in place of kata-manager: three folders are three changes.
+fn kill_after_a_state_change(sandbox: &Sandbox) -> Result<()> {
     let busybox = Km::at(&sandbox.parts().busybox());
-    let words = ["mv".as_ref(), a.as_os_str(), b.as_os_str()];
-    ensure!(busybox.killed_at(sandbox, &words, 1)?, "it was not killed");
-    ensure!(a.exists() && !b.exists(), "the kill came after the rename");
-    ensure!(
-        !busybox.killed_at(sandbox, &words, 2)?,
-        "it has one change only"
-    );
-    ensure!(b.exists());
-    std::fs::rename(&b, &a)?;
-    let (finished, changes) = busybox.traced(sandbox, &words)?;
+    for n in 1..=4 {
+        let folder = sandbox.folder("changes")?;
+        let names = ["1", "2", "3"].map(|name| folder.join(name).display().to_string());
+        let words = ["mkdir", &names[0], &names[1], &names[2]];
+        let killed = busybox.killed_after(sandbox, &words, n)?;
+        ensure!(killed == (n <= 3), "asked to kill after {n} of 3 changes");
+        let made = std::fs::read_dir(&folder)?.count();
+        ensure!(made == n.min(3), "{made} changes, the kill was after {n}");
+    }
+    let folder = sandbox.folder("changes")?.join("one").display().to_string();
+    let (finished, changes) = busybox.traced(sandbox, &["mkdir", &folder])?;
     finished.success()?;
     ensure!(
-        changes.calls.len() == 1 && changes.most_in_a_thread() == 1,
+        changes.len() == 1 && changes[0].contains(&folder),
         "{changes:?}"
     );
     Ok(())
