@@ -1,0 +1,226 @@
+//! Putting our handlers into a text that has nothing of ours.
+
+use super::document::{PLUGIN_V2, PLUGIN_V3};
+use super::error::EditError;
+use super::lines::{Lines, bom};
+use super::marks::{BEGIN_HANDLERS, BEGIN_VERSION, END, KEPT, STATE, State};
+use super::settings_digest;
+use super::strip::Stripped;
+use crate::handler::Handler;
+
+/// What is to be put in.
+pub(super) struct Plan<'a> {
+    pub(super) wanted: &'a [Handler],
+    /// The configuration's version, the file's own or the one that it gets.
+    pub(super) version: u32,
+    /// Foreign handlers whose tables become comments.
+    pub(super) displaced: &'a [String],
+    /// There was no file at first.
+    pub(super) created: bool,
+}
+
+/// Refuses handlers that have no place in a configuration.
+pub(super) fn check_wanted(wanted: &[Handler]) -> Result<(), EditError> {
+    for (index, handler) in wanted.iter().enumerate() {
+        let bad = |reason: &str| EditError::BadHandler {
+            name: handler.name.clone(),
+            reason: reason.to_owned(),
+        };
+        if handler.name.is_empty() {
+            return Err(bad("it has no name"));
+        }
+        if handler.runtime_type.is_empty() {
+            return Err(bad("it has no runtime_type"));
+        }
+        if wanted[..index]
+            .iter()
+            .any(|other| other.name == handler.name)
+        {
+            return Err(bad("it is wanted twice"));
+        }
+        let texts = [Some(&handler.name), Some(&handler.runtime_type)]
+            .into_iter()
+            .chain(
+                [
+                    &handler.runtime_path,
+                    &handler.config_path,
+                    &handler.snapshotter,
+                ]
+                .map(Option::as_ref),
+            )
+            .flatten()
+            .chain(&handler.pod_annotations)
+            .chain(&handler.container_annotations);
+        for text in texts {
+            if text.chars().any(char::is_control) {
+                return Err(bad(&format!("{text:?} has a control character")));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The header that handler tables can be added below.
+pub(super) fn runtimes_header(version: u32) -> String {
+    format!("plugins.{:?}.containerd.runtimes", plugin(version))
+}
+
+fn plugin(version: u32) -> &'static str {
+    if version <= 2 { PLUGIN_V2 } else { PLUGIN_V3 }
+}
+
+/// The text with our handlers in it.
+pub(super) fn compose(base: &Stripped, plan: &Plan<'_>) -> String {
+    let text = base.text.as_str();
+    let eol = line_break(text);
+    let mut inserts: Vec<(usize, String)> = Vec::new();
+    let start = bom(text);
+    if base.document.version().is_none() {
+        let version = plan.version;
+        let lines = format!("{BEGIN_VERSION}{eol}version = {version}{eol}{END}{eol}");
+        inserts.push((start, lines));
+    }
+    let lines = Lines::new(text);
+    for name in plan.displaced {
+        for section in base.document.sections_of(name) {
+            let mut at = section.start;
+            while at < section.end {
+                inserts.push((at, KEPT.to_owned()));
+                at = lines.end(at);
+            }
+        }
+    }
+    let at = place(base);
+    let before = &text[start..at];
+    let joined = !before.is_empty() && !before.ends_with('\n');
+    let mut block = String::new();
+    if joined {
+        block.push_str(eol);
+    }
+    if !before.is_empty() || !inserts.is_empty() {
+        block.push_str(eol);
+    }
+    let state = State {
+        handlers: plan
+            .wanted
+            .iter()
+            .map(|handler| (handler.name.clone(), settings_digest(&handler.settings())))
+            .collect(),
+        joined,
+        created: plan.created,
+    };
+    render_block(&mut block, plan, &state, eol);
+    inserts.push((at, block));
+    inserts.sort_by_key(|(at, _)| *at);
+    spliced(text, &inserts)
+}
+
+/// Where our block goes: where it was, or at the end; never between a header and its keys.
+fn place(base: &Stripped) -> usize {
+    let Some(at) = base.at else {
+        return base.text.len();
+    };
+    let mut sections = base.document.sections.iter();
+    let split = sections.find(|section| section.start < at && at < section.end);
+    split.map_or(at, |section| section.end)
+}
+
+fn render_block(out: &mut String, plan: &Plan<'_>, state: &State, eol: &str) {
+    let mut line = |text: &str| {
+        out.push_str(text);
+        out.push_str(eol);
+    };
+    line(BEGIN_HANDLERS);
+    // Names and digests always have a JSON form.
+    let state = serde_json::to_string(state).unwrap_or_default();
+    line(&format!("{STATE}{state}"));
+    for (index, handler) in plan.wanted.iter().enumerate() {
+        if index > 0 {
+            line("");
+        }
+        for text in table(handler, plugin(plan.version)) {
+            line(&text);
+        }
+    }
+    line(END);
+}
+
+/// The lines of one handler's table.
+fn table(handler: &Handler, plugin: &str) -> Vec<String> {
+    let header = format!(
+        "plugins.{}.containerd.runtimes.{}",
+        quoted(plugin),
+        key(&handler.name)
+    );
+    let mut lines = vec![format!("[{header}]")];
+    let mut set = |key: &str, value: String| lines.push(format!("{key} = {value}"));
+    set("runtime_type", quoted(&handler.runtime_type));
+    if let Some(path) = &handler.runtime_path {
+        set("runtime_path", quoted(path));
+    }
+    if handler.privileged_without_host_devices {
+        set("privileged_without_host_devices", "true".to_owned());
+    }
+    for (key, patterns) in [
+        ("pod_annotations", &handler.pod_annotations),
+        ("container_annotations", &handler.container_annotations),
+    ] {
+        if !patterns.is_empty() {
+            let patterns: Vec<String> = patterns.iter().map(|text| quoted(text)).collect();
+            set(key, format!("[{}]", patterns.join(", ")));
+        }
+    }
+    if let Some(snapshotter) = &handler.snapshotter {
+        set("snapshotter", quoted(snapshotter));
+    }
+    if let Some(path) = &handler.config_path {
+        lines.push(format!("[{header}.options]"));
+        lines.push(format!("ConfigPath = {}", quoted(path)));
+    }
+    lines
+}
+
+/// A key, bare where TOML allows it (letters, digits, `_` and `-` of ASCII).
+fn key(name: &str) -> String {
+    let bare = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
+    if !name.is_empty() && name.chars().all(bare) {
+        name.to_owned()
+    } else {
+        quoted(name)
+    }
+}
+
+/// A basic string; the text has no control characters.
+fn quoted(text: &str) -> String {
+    let mut quoted = String::with_capacity(text.len() + 2);
+    quoted.push('"');
+    for c in text.chars() {
+        if c == '"' || c == '\\' {
+            quoted.push('\\');
+        }
+        quoted.push(c);
+    }
+    quoted.push('"');
+    quoted
+}
+
+/// The line break that the text uses, by its first one.
+fn line_break(text: &str) -> &'static str {
+    match text.find('\n') {
+        Some(at) if text[..at].ends_with('\r') => "\r\n",
+        _ => "\n",
+    }
+}
+
+fn spliced(text: &str, inserts: &[(usize, String)]) -> String {
+    let added: usize = inserts.iter().map(|(_, insert)| insert.len()).sum();
+    let mut out = String::with_capacity(text.len() + added);
+    let mut last = 0;
+    for (at, insert) in inserts {
+        out.push_str(&text[last..*at]);
+        out.push_str(insert);
+        last = *at;
+    }
+    out.push_str(&text[last..]);
+    out
+}

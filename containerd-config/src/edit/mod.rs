@@ -1,0 +1,348 @@
+//! The edit of containerd's configuration: text in, text out.
+//!
+//! Our tables stand in one block between two comment lines (see `marks`). An edit first takes everything of ours out,
+//! which gives the text without us, then puts in what is wanted; where the text already says what is wanted it is handed
+//! back untouched. Every edit is checked before it is handed out: the result is parsed, it must differ from the text
+//! before by our handlers only, and taking them out again must give the same bytes.
+//!
+//! This module reads and writes no files, and does not know which file of an `imports` tree it is given.
+
+mod compose;
+mod document;
+mod error;
+mod lines;
+mod marks;
+mod strip;
+#[cfg(test)]
+mod tests;
+mod verify;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+pub use document::Document;
+pub use error::{EditError, ParseError};
+
+use crate::digest::Digest;
+use crate::handler::{Handler, Settings};
+use strip::Stripped;
+pub(crate) use verify::unlike;
+
+/// A runtime handler found in a configuration.
+#[derive(Debug, Clone, PartialEq)]
+pub struct FoundHandler {
+    /// Its name.
+    pub name: String,
+    /// Whose it is.
+    pub owner: Owner,
+    /// Its table, as JSON values by TOML key; [`Handler::from_settings`] reads it.
+    pub settings: Settings,
+    /// The line of its first header, from 1.
+    pub line: usize,
+}
+
+/// Whose a handler is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Owner {
+    /// Its table stands in our block.
+    Ours,
+    /// Somebody else's.
+    Foreign,
+    /// Somebody else's, set aside in comments while one of ours has its name.
+    Adopted,
+}
+
+/// What [`set_handlers`] may do and what it knows beside the text.
+#[derive(Debug, Clone, Default)]
+pub struct SetOptions<'a> {
+    /// Names of foreign handlers that may be set aside for one of ours.
+    pub adopt: &'a [String],
+    /// The version that a file without any settings gets: 2 for containerd 1.x, 3 for 2.x
+    /// ([`crate::ContainerdVersion::config_version`]). Anything below 2 counts as 2.
+    pub assume_version: u32,
+    /// There is no file: `text` is empty, and [`remove_all`] will say that the file is to be removed.
+    pub absent: bool,
+    /// Handlers as they were last written, if the caller has a record: tables that say exactly this are ours even where
+    /// another program rewrote the file and dropped our comments.
+    pub recorded: &'a [Handler],
+}
+
+/// A configuration after an edit.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Edited {
+    /// The text. The same as before when there was nothing to do.
+    pub text: String,
+    /// Handlers that were not there.
+    pub added: Vec<String>,
+    /// Handlers of ours that got other settings, because other settings are wanted.
+    pub changed: Vec<String>,
+    /// Handlers of ours that are gone.
+    pub removed: Vec<String>,
+    /// Foreign handlers that were set aside now.
+    pub adopted: Vec<String>,
+    /// Foreign handlers that had been set aside and are back.
+    pub given_back: Vec<String>,
+    /// Handlers of ours that somebody edited or removed since, and that are now as wanted again.
+    pub drifted: Vec<String>,
+    /// We created the file and nothing is left in it: it is to be removed.
+    pub remove_file: bool,
+}
+
+impl Edited {
+    /// Handlers that are live no more once the text is in force: those removed, unless someone else's of that name is back.
+    pub fn gone(&self) -> Vec<String> {
+        difference(&self.removed, &self.given_back)
+    }
+}
+
+/// Gives the text with exactly these handlers as ours: adds, changes and removes. Every byte outside our lines is kept.
+///
+/// # Errors
+/// [`EditError`] says what stands in the way, and where.
+pub fn set_handlers(
+    text: &str,
+    wanted: &[Handler],
+    options: &SetOptions<'_>,
+) -> Result<Edited, EditError> {
+    compose::check_wanted(wanted)?;
+    let document = Document::parse(text)?;
+    let orphans = orphans(&document, options.recorded)?;
+    let stripped = strip::strip(text, &document, &orphans)?;
+    if wanted.is_empty() {
+        return removed(document, stripped);
+    }
+    refuse_disabled(&document)?;
+    let version = version_to_use(&document, &stripped.document, options)?;
+    refuse_obstacle(text, &stripped, version)?;
+    let displaced = displaced(text, &stripped, wanted, options.adopt)?;
+    let before = present(&document, &stripped);
+    if is_as_wanted(&document, &stripped, wanted, &before, &displaced) {
+        return Ok(Edited {
+            text: text.to_owned(),
+            ..Edited::default()
+        });
+    }
+    let plan = compose::Plan {
+        wanted,
+        version,
+        displaced: &displaced,
+        created: options.absent || document.marks.created(),
+    };
+    let result = compose::compose(&stripped, &plan);
+    let after = verify::composed(&stripped, &result, &plan)?;
+    verify::default_runtime(&document, &after)?;
+    let mut edited = report(&document, wanted, options.recorded, &before);
+    edited.adopted = difference(&displaced, &stripped.given_back);
+    edited.given_back = difference(&stripped.given_back, &displaced);
+    edited.text = result;
+    Ok(edited)
+}
+
+/// Gives the text without anything of ours: the inverse of [`set_handlers`]. Adopted tables come back.
+///
+/// When nobody else changed the text in between, these are the bytes from before the first edit. `recorded` is what
+/// [`SetOptions::recorded`] is.
+///
+/// # Errors
+/// [`EditError`] says what stands in the way, and where.
+pub fn remove_all(text: &str, recorded: &[Handler]) -> Result<Edited, EditError> {
+    let document = Document::parse(text)?;
+    let orphans = orphans(&document, recorded)?;
+    let stripped = strip::strip(text, &document, &orphans)?;
+    removed(document, stripped)
+}
+
+fn removed(document: Document, stripped: Stripped) -> Result<Edited, EditError> {
+    verify::default_runtime(&document, &stripped.document)?;
+    let created = document.marks.created();
+    let blank = stripped
+        .text
+        .trim_start_matches('\u{feff}')
+        .trim()
+        .is_empty();
+    Ok(Edited {
+        removed: stripped.removed.clone(),
+        given_back: stripped.given_back.clone(),
+        remove_file: created && blank,
+        text: stripped.text,
+        ..Edited::default()
+    })
+}
+
+/// Handlers outside our block that say exactly what we once wrote: another program dropped our comments.
+fn orphans(document: &Document, recorded: &[Handler]) -> Result<Vec<String>, EditError> {
+    let own = document.own_names();
+    let mut orphans = Vec::new();
+    for table in &document.tables {
+        let ours = recorded
+            .iter()
+            .any(|handler| handler.name == table.name && handler.settings() == table.settings);
+        if !ours || own.contains(&table.name) {
+            continue;
+        }
+        if !table.has_own_lines {
+            return Err(EditError::NoOwnLines {
+                name: table.name.clone(),
+                line: table.line,
+            });
+        }
+        orphans.push(table.name.clone());
+    }
+    Ok(orphans)
+}
+
+/// The version that decides the plugin's name: the file's own, or the one that we give it.
+fn version_to_use(
+    document: &Document,
+    base: &Document,
+    options: &SetOptions<'_>,
+) -> Result<u32, EditError> {
+    if let Some(value) = base.odd_version() {
+        return Err(EditError::BadVersion {
+            line: document.root_line("version"),
+            value: value.to_owned(),
+        });
+    }
+    match base.version() {
+        None if base.is_empty() => {
+            // A version that we gave the file stays: every later containerd reads it.
+            let given = document.version().filter(|version| *version >= 2);
+            Ok(given.unwrap_or(options.assume_version.max(2)))
+        }
+        Some(version) if version >= 2 => Ok(version),
+        found => Err(EditError::OldVersion { found }),
+    }
+}
+
+fn refuse_disabled(document: &Document) -> Result<(), EditError> {
+    let cri = ["cri", document::PLUGIN_V2, document::PLUGIN_V3];
+    let mut disabled = document.disabled_plugins().into_iter();
+    match disabled.find(|name| cri.contains(&name.as_str())) {
+        None => Ok(()),
+        Some(plugin) => Err(EditError::CriDisabled {
+            line: document.root_line("disabled_plugins"),
+            plugin,
+        }),
+    }
+}
+
+fn refuse_obstacle(text: &str, stripped: &Stripped, version: u32) -> Result<(), EditError> {
+    match &stripped.document.obstacle {
+        None => Ok(()),
+        Some(obstacle) => Err(EditError::NotExtendable {
+            line: stripped.line_before(text, obstacle.line),
+            key: obstacle.key.clone(),
+            what: obstacle.what,
+            wanted: compose::runtimes_header(version),
+        }),
+    }
+}
+
+/// Names of the foreign handlers that ours take the place of; all of them must be, or have been, adopted.
+fn displaced(
+    text: &str,
+    stripped: &Stripped,
+    wanted: &[Handler],
+    adopt: &[String],
+) -> Result<Vec<String>, EditError> {
+    let mut displaced = Vec::new();
+    for table in &stripped.document.tables {
+        if !wanted.iter().any(|handler| handler.name == table.name) {
+            continue;
+        }
+        let line = || stripped.line_before(text, table.line);
+        if !adopt.contains(&table.name) && !stripped.given_back.contains(&table.name) {
+            return Err(EditError::Conflict {
+                name: table.name.clone(),
+                line: line(),
+            });
+        }
+        if !table.has_own_lines {
+            return Err(EditError::NoOwnLines {
+                name: table.name.clone(),
+                line: line(),
+            });
+        }
+        displaced.push(table.name.clone());
+    }
+    Ok(displaced)
+}
+
+/// Our handlers in the text before the edit.
+fn present(document: &Document, stripped: &Stripped) -> BTreeMap<String, Settings> {
+    let names = stripped.removed.iter();
+    names
+        .filter_map(|name| Some((name.clone(), document.settings(name)?.clone())))
+        .collect()
+}
+
+/// Whether the text says what is wanted already, with our lines whole: then not a byte of it changes.
+fn is_as_wanted(
+    document: &Document,
+    stripped: &Stripped,
+    wanted: &[Handler],
+    before: &BTreeMap<String, Settings>,
+    displaced: &[String],
+) -> bool {
+    let marks = &document.marks;
+    let [block] = marks.blocks.as_slice() else {
+        return false;
+    };
+    let whole = !block.end.is_empty() && block.state.is_some() && marks.strays.is_empty();
+    let same_handlers = before.len() == wanted.len()
+        && stripped.removed.len() == wanted.len()
+        && wanted
+            .iter()
+            .all(|handler| before.get(&handler.name) == Some(&handler.settings()));
+    let same: BTreeSet<_> = displaced.iter().collect();
+    whole
+        && same_handlers
+        && !stripped.has_orphans
+        && same == stripped.given_back.iter().collect()
+        && document.version().is_some()
+}
+
+fn report(
+    document: &Document,
+    wanted: &[Handler],
+    recorded: &[Handler],
+    before: &BTreeMap<String, Settings>,
+) -> Edited {
+    let mut edited = Edited::default();
+    for handler in wanted {
+        let name = &handler.name;
+        let written = document.marks.written_digest(name).map(str::to_owned);
+        let written = written.or_else(|| {
+            let record = recorded.iter().find(|record| record.name == *name)?;
+            Some(settings_digest(&record.settings()))
+        });
+        match before.get(name) {
+            None if document.marks.written_digest(name).is_some() => {
+                edited.drifted.push(name.clone());
+            }
+            None => edited.added.push(name.clone()),
+            Some(settings) if *settings == handler.settings() => {}
+            Some(settings) => {
+                let touched = written.is_some_and(|digest| digest != settings_digest(settings));
+                if touched {
+                    edited.drifted.push(name.clone());
+                } else {
+                    edited.changed.push(name.clone());
+                }
+            }
+        }
+    }
+    let gone = |name: &&String| !wanted.iter().any(|handler| handler.name == **name);
+    edited.removed = before.keys().filter(gone).cloned().collect();
+    edited
+}
+
+/// A short digest of a table that does not depend on the order of its keys.
+fn settings_digest(settings: &Settings) -> String {
+    let mut value = serde_json::Value::Object(settings.clone());
+    value.sort_all_objects();
+    Digest::of(value.to_string().as_bytes()).short().to_owned()
+}
+
+fn difference(a: &[String], b: &[String]) -> Vec<String> {
+    a.iter().filter(|name| !b.contains(name)).cloned().collect()
+}
