@@ -1,0 +1,107 @@
+//! Killed processes, failing journals and failing writes.
+
+use super::*;
+
+/// The process is killed at each of the journal's entries: what is owed is settled, and the change converges.
+#[tokio::test(start_paused = true)]
+async fn a_process_killed_at_any_step_leaves_a_node_that_converges() {
+    for killed_at in 0..3 {
+        for restarted in [false, true] {
+            let mut node = Node::new(Some(BEFORE));
+            let change = node.set(&[handler("km")]);
+            let owed = record(&change, &Some(node.fake.read()));
+            let owed = Owed {
+                restarting: killed_at == 2,
+                ..owed
+            };
+            // As far as the other process came: journal; journal and backup and file; that and the restart's record.
+            fs::create_dir_all(change.backup.parent().unwrap()).unwrap();
+            if killed_at > 0 {
+                fs::write(&change.backup, BEFORE).unwrap();
+                fs::write(&change.path, change.after.as_deref().unwrap()).unwrap();
+            }
+            if restarted && killed_at == 2 {
+                node.fake.restart().await.unwrap();
+            }
+            let restarts = node.fake.restarts();
+            node.book.owed = Some(owed);
+            let resumed = node.resume().await.unwrap();
+            if killed_at == 0 {
+                assert_eq!(resumed, Resumed::NotBegun);
+                node.is_as_before();
+            } else {
+                assert_eq!(resumed, Resumed::Finished);
+                assert_eq!(node.live().unwrap(), ["km", "runc"]);
+                assert_eq!(node.fake.restarts(), 1, "restarted before: {restarts}");
+            }
+            assert!(node.book.owed.is_none());
+            let again = node.set(&[handler("km")]);
+            node.run(&again).await.unwrap();
+            assert_eq!(node.live().unwrap(), ["km", "runc"]);
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_file_that_others_changed_after_the_crash_is_theirs() {
+    let mut node = Node::new(Some(BEFORE));
+    let change = node.set(&[handler("km")]);
+    let owed = record(&change, &None);
+    node.book.owed = Some(owed);
+    fs::write(&change.path, "version = 2\n# new\n").unwrap();
+    assert_eq!(node.resume().await.unwrap(), Resumed::ChangedByOthers);
+    assert_eq!(node.text().unwrap(), "version = 2\n# new\n");
+    assert!(node.book.owed.is_none() && node.fake.restarts() == 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_journal_that_fails_changes_nothing_or_is_rolled_back() {
+    let mut node = Node::new(Some(BEFORE));
+    let change = node.set(&[handler("km")]);
+    node.book.fail_at = Some(0);
+    let error = node.run(&change).await.unwrap_err();
+    assert!(matches!(error, TransactionError::Journal(_)));
+    node.is_as_before();
+    node.book = Book {
+        fail_at: Some(1),
+        ..Book::default()
+    };
+    let error = node.run(&change).await.unwrap_err();
+    assert!(
+        told(&error).contains("the journal cannot be written: disk full"),
+        "{}",
+        told(&error)
+    );
+    node.is_as_before();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_write_that_fails_leaves_nothing_owed() {
+    let mut node = Node::new(Some(BEFORE));
+    let mut change = node.set(&[handler("km")]);
+    // A file where the backup's folder should be.
+    fs::write(node.dir.path().join("blocked"), "").unwrap();
+    change.backup = node.dir.path().join("blocked/backup");
+    let error = node.run(&change).await.unwrap_err();
+    assert!(matches!(error, TransactionError::Host(_)), "{error:?}");
+    node.is_as_before();
+    assert!(node.book.owed.is_none());
+}
+
+#[test]
+fn what_is_owed_survives_the_journal_and_leftovers_are_found() {
+    let node = Node::new(Some(BEFORE));
+    let owed = record(&node.set(&[handler("km")]), &None);
+    let text = serde_json::to_string(&owed).unwrap();
+    assert_eq!(serde_json::from_str::<Owed>(&text).unwrap(), owed);
+
+    let config = &node.fake.config;
+    for name in [
+        ".config.toml.kata-manager.check",
+        ".config.toml.kata-manager.tmp",
+    ] {
+        fs::write(config.with_file_name(name), "").unwrap();
+    }
+    remove_leftovers(config).unwrap();
+    node.nothing_beside();
+}
