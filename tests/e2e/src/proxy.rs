@@ -12,10 +12,8 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use rustix::net::sockopt::set_socket_linger;
 
+use crate::http::{Request, read_head};
 use crate::sandbox::Sandbox;
-
-/// The longest request or response head that is taken; registries stay far below it.
-const LONGEST_HEAD: usize = 64 * 1024;
 
 /// What happens to a response.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,17 +39,6 @@ pub struct Rule {
     pub fault: Fault,
     /// How many more responses it hits; a rule that is used up stays and does nothing.
     pub times: u32,
-}
-
-/// A request that came by.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Request {
-    /// `GET`, `HEAD`...
-    pub method: String,
-    /// Path and query.
-    pub path: String,
-    /// The `Range` header.
-    pub range: Option<String>,
 }
 
 #[derive(Debug, Default)]
@@ -139,7 +126,7 @@ fn admit(state: &Mutex<State>, request: Request) -> Option<Fault> {
 
 fn serve(mut client: &TcpStream, upstream: u16, state: &Mutex<State>) -> io::Result<()> {
     let (head, body_start) = read_head(&mut client)?;
-    let Some(request) = parse(&head) else {
+    let Some(request) = Request::parse(&head) else {
         return client.write_all(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n");
     };
     let fault = admit(state, request);
@@ -204,23 +191,6 @@ fn relay(from: &mut impl Read, mut client: &TcpStream, fault: Option<Fault>) -> 
     Ok(())
 }
 
-/// Reads up to the empty line that ends a head; gives the head with it, and what was read beyond.
-fn read_head(from: &mut impl Read) -> io::Result<(String, Vec<u8>)> {
-    let mut bytes = Vec::new();
-    let mut buffer = [0; 4096];
-    loop {
-        if let Some(end) = bytes.windows(4).position(|four| four == b"\r\n\r\n") {
-            let rest = bytes.split_off(end + 4);
-            return Ok((String::from_utf8_lossy(&bytes).into_owned(), rest));
-        }
-        let n = from.read(&mut buffer)?;
-        if n == 0 || bytes.len() > LONGEST_HEAD {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        bytes.extend_from_slice(&buffer[..n]);
-    }
-}
-
 /// A head with `Connection: close` in place of what it said about the connection.
 fn closing(head: &str) -> String {
     let mut kept: Vec<&str> = head
@@ -230,19 +200,4 @@ fn closing(head: &str) -> String {
         .collect();
     kept.push("Connection: close\r\n\r\n");
     kept.join("\r\n")
-}
-
-fn parse(head: &str) -> Option<Request> {
-    let mut lines = head.split("\r\n");
-    let mut words = lines.next()?.split(' ');
-    let (method, path) = (words.next()?.to_owned(), words.next()?.to_owned());
-    let range = lines
-        .filter_map(|line| line.split_once(':'))
-        .find(|(name, _)| name.eq_ignore_ascii_case("range"))
-        .map(|(_, value)| value.trim().to_owned());
-    Some(Request {
-        method,
-        path,
-        range,
-    })
 }

@@ -1,4 +1,5 @@
-//! A real registry (Debian's docker-registry) on 127.0.0.1: plain, with TLS from a CA of its own, with basic auth.
+//! A real registry (Debian's docker-registry) on 127.0.0.1: plain, with TLS from a CA of its own, with basic auth
+//! or bearer tokens.
 
 use std::fs;
 use std::net::TcpStream;
@@ -13,7 +14,7 @@ use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, 
 
 use crate::process::Daemon;
 use crate::sandbox::Sandbox;
-use crate::wait;
+use crate::{token, wait};
 
 /// Basic authentication: one user.
 #[derive(Clone, Debug)]
@@ -31,6 +32,19 @@ pub struct Options {
     pub tls: bool,
     /// Lets in this user alone.
     pub user: Option<User>,
+    /// Lets in who has a bearer token from a token server, which gives one to the user, or to everyone if there is none.
+    pub token: bool,
+}
+
+impl User {
+    /// The value of an `Authorization` header (RFC 7617).
+    pub fn basic(&self) -> String {
+        format!("Basic {}", self.encoded())
+    }
+
+    fn encoded(&self) -> String {
+        BASE64_STANDARD.encode(format!("{}:{}", self.name, self.password))
+    }
 }
 
 /// A running registry. Dropping it ends it; its content stays in its folder until the sandbox ends.
@@ -53,12 +67,15 @@ impl Registry {
         if options.tls {
             write_certificates(&dir).context("make the registry's certificates")?;
         }
-        if let Some(user) = &options.user {
+        let realm = sandbox.port();
+        if options.token {
+            token::start(realm, options.user.clone(), &dir.join("token.pem"))?;
+        } else if let Some(user) = &options.user {
             // Cost 4 is the least that bcrypt knows: this guards nothing.
             let hash = bcrypt::hash(&user.password, 4).context("hash a password")?;
             fs::write(dir.join("htpasswd"), format!("{}:{hash}\n", user.name))?;
         }
-        fs::write(dir.join("config.yml"), config(&dir, port, &options))?;
+        fs::write(dir.join("config.yml"), config(&dir, port, realm, &options))?;
         let daemon = spawn(sandbox, &dir)?;
         let mut registry = Self {
             dir,
@@ -120,7 +137,7 @@ impl Registry {
             .user
             .as_ref()
             .context("this registry has no user")?;
-        let auth = BASE64_STANDARD.encode(format!("{}:{}", user.name, user.password));
+        let auth = user.encoded();
         let path = self.dir.join("docker-config.json");
         let text = serde_json::json!({ "auths": { host: { "auth": auth } } }).to_string();
         fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
@@ -178,7 +195,7 @@ fn spawn(sandbox: &Sandbox, dir: &Path) -> Result<Daemon> {
     Daemon::spawn("docker-registry", &mut command, &dir.join("log"))
 }
 
-fn config(dir: &Path, port: u16, options: &Options) -> String {
+fn config(dir: &Path, port: u16, realm: u16, options: &Options) -> String {
     let r = dir.display();
     let mut text = format!(
         "version: 0.1\n\
@@ -191,7 +208,14 @@ fn config(dir: &Path, port: u16, options: &Options) -> String {
             "  tls: {{ certificate: '{r}/server.pem', key: '{r}/server.key' }}\n"
         ));
     }
-    if options.user.is_some() {
+    if options.token {
+        text.push_str(&format!(
+            "auth:\n  token: {{ realm: 'http://127.0.0.1:{realm}/token', service: {}, issuer: {}, \
+             rootcertbundle: '{r}/token.pem' }}\n",
+            token::SERVICE,
+            token::ISSUER
+        ));
+    } else if options.user.is_some() {
         text.push_str(&format!(
             "auth:\n  htpasswd: {{ realm: test, path: '{r}/htpasswd' }}\n"
         ));

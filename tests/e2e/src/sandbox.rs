@@ -138,7 +138,7 @@ pub struct ReadOnly(PathBuf);
 impl Drop for ReadOnly {
     fn drop(&mut self) {
         // Should it stay mounted, what the test does next fails and says so.
-        drop(unmount(&self.0, UnmountFlags::DETACH));
+        let _ = unmount(&self.0, UnmountFlags::DETACH);
     }
 }
 

@@ -39,22 +39,31 @@ pub(crate) const TESTS: &[Test] = &[
         push_and_pull(s, registry::Options::default())
     }),
     ("registry_tls", |s| {
+        let tls = true;
+        let options = registry::Options::default();
+        push_and_pull(s, registry::Options { tls, ..options })
+    }),
+    ("registry_basic_auth", |s| {
+        let user = Some(user());
+        let options = registry::Options::default();
+        push_and_pull(s, registry::Options { user, ..options })
+    }),
+    ("registry_bearer_token", |s| {
+        let (user, token) = (Some(user()), true);
+        let options = registry::Options::default();
         push_and_pull(
             s,
             registry::Options {
-                tls: true,
-                user: None,
+                user,
+                token,
+                ..options
             },
         )
     }),
-    ("registry_basic_auth", |s| {
-        push_and_pull(
-            s,
-            registry::Options {
-                tls: false,
-                user: Some(user()),
-            },
-        )
+    ("registry_bearer_token_for_everyone", |s| {
+        let token = true;
+        let options = registry::Options::default();
+        push_and_pull(s, registry::Options { token, ..options })
     }),
     ("proxy_fails_to_order", proxy_fails_to_order),
     ("provider_is_real", provider_is_real),
@@ -160,12 +169,16 @@ fn push_and_pull(sandbox: &Sandbox, options: registry::Options) -> Result<()> {
             "a stranger's certificate was taken: {refused}"
         );
     }
-    if options.user.is_some() {
+    if options.user.is_some() || options.token {
         let refused = get(&registry.host(), "/v2/")?;
+        let scheme = if options.token { "Bearer" } else { "Basic" };
+        ensure!(refused.head.contains(scheme), "{}", refused.head);
         ensure!(
             refused.head.starts_with("HTTP/1.1 401 "),
             "a stranger came in"
         );
+    }
+    if options.user.is_some() {
         let config = registry.docker_config(&registry.host())?;
         access.extend(["--registry-config".to_owned(), config.display().to_string()]);
     }
