@@ -1,0 +1,199 @@
+//! Compares a generation with its manifest, cheaply or byte for byte.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use km_host::{Error as HostError, atomic};
+
+use super::generations::stamp_of;
+use super::{Store, look, names};
+use crate::digest::{Digest, Hasher};
+use crate::error::Result;
+use crate::generation::{
+    ArtifactFile, ArtifactLink, Damage, FILE_MODE, Generation, Problem, Stamp,
+};
+use crate::unpack::path::{RESERVED, parents};
+
+/// Bytes hashed at once.
+const READ_BUFFER: usize = 1 << 20;
+
+struct Expected<'a> {
+    path: &'a str,
+    digest: &'a Digest,
+    size: u64,
+    mode: u32,
+    stamp: Stamp,
+    file: Option<&'a ArtifactFile>,
+}
+
+impl Store {
+    /// What is wrong with a generation. Shallow looks at type, size, mode, inode and time of the last write, and hashes
+    /// only what these make doubtful; deep hashes everything.
+    ///
+    /// # Errors
+    /// When the disk fails; a difference is no error.
+    pub fn check(&self, generation: &Generation, deep: bool) -> Result<Vec<Damage>> {
+        let mut damages = Vec::new();
+        let manifest = &generation.manifest;
+        let files = manifest.files.iter().map(|stored| Expected {
+            path: &stored.file.path,
+            digest: &stored.file.digest,
+            size: stored.file.size,
+            mode: stored.file.mode(),
+            stamp: stored.stamp,
+            file: Some(&stored.file),
+        });
+        let derived = manifest.derived.iter().map(|stored| Expected {
+            path: &stored.path,
+            digest: &stored.digest,
+            size: stored.size,
+            mode: FILE_MODE,
+            stamp: stored.stamp,
+            file: None,
+        });
+        for expected in files.chain(derived) {
+            let path = generation.dir.join(expected.path);
+            if let Some(problem) = file_problem(&path, &expected, deep)? {
+                damages.push(Damage {
+                    path,
+                    problem,
+                    file: expected.file.cloned(),
+                });
+            }
+        }
+        for link in &manifest.links {
+            let path = generation.dir.join(&link.path);
+            if let Some(problem) = link_problem(&path, link)? {
+                damages.push(Damage {
+                    path,
+                    problem,
+                    file: None,
+                });
+            }
+        }
+        unexpected(generation, &mut damages)?;
+        Ok(damages)
+    }
+
+    /// Drops damaged contents from the store, so that the next pull fetches them again. Generations keep their links: a
+    /// new one is to be made. The lock must be held.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    pub fn discard(&self, damages: &[Damage]) -> Result<()> {
+        for file in damages.iter().filter_map(|damage| damage.file.as_ref()) {
+            for path in [self.file_path(file), self.blob_path(&file.digest)] {
+                let size = look(&path)?.map(|meta| meta.len());
+                let Some(size) = size else { continue };
+                if size != file.size || hash_file(&path)? != file.digest {
+                    atomic::remove_file(&path)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn file_problem(path: &Path, expected: &Expected<'_>, deep: bool) -> Result<Option<Problem>> {
+    let Some(meta) = look(path)? else {
+        return Ok(Some(Problem::Missing));
+    };
+    if !meta.is_file() {
+        return Ok(Some(Problem::Kind {
+            expected: "a regular file",
+        }));
+    }
+    if meta.len() != expected.size {
+        return Ok(Some(Problem::Size {
+            expected: expected.size,
+            got: meta.len(),
+        }));
+    }
+    if deep || stamp_of(&meta) != expected.stamp {
+        let got = hash_file(path)?;
+        if got != *expected.digest {
+            return Ok(Some(Problem::Content {
+                expected: expected.digest.clone(),
+                got,
+            }));
+        }
+    }
+    let mode = meta.permissions().mode() & 0o7777;
+    Ok((mode != expected.mode).then_some(Problem::Mode {
+        expected: expected.mode,
+        got: mode,
+    }))
+}
+
+fn link_problem(path: &Path, link: &ArtifactLink) -> Result<Option<Problem>> {
+    match look(path)? {
+        None => Ok(Some(Problem::Missing)),
+        Some(meta) if !meta.is_symlink() => Ok(Some(Problem::Kind {
+            expected: "a symlink",
+        })),
+        Some(_) => {
+            let target = fs::read_link(path).map_err(HostError::io("read symlink", path))?;
+            Ok(
+                (target != Path::new(&link.target)).then(|| Problem::Target {
+                    expected: link.target.clone(),
+                    got: target.display().to_string(),
+                }),
+            )
+        }
+    }
+}
+
+/// Finds what somebody put into a generation, through the class's symlink as a rule.
+fn unexpected(generation: &Generation, damages: &mut Vec<Damage>) -> Result<()> {
+    let manifest = &generation.manifest;
+    let paths = manifest
+        .files
+        .iter()
+        .map(|stored| stored.file.path.as_str())
+        .chain(manifest.derived.iter().map(|stored| stored.path.as_str()))
+        .chain(manifest.links.iter().map(|link| link.path.as_str()));
+    let mut known = BTreeSet::from([RESERVED]);
+    for path in paths {
+        known.insert(path);
+        known.extend(parents(path));
+    }
+    let mut folders = vec![String::new()];
+    while let Some(folder) = folders.pop() {
+        for name in names(&generation.dir.join(&folder))? {
+            let path = if folder.is_empty() {
+                name
+            } else {
+                format!("{folder}/{name}")
+            };
+            let at: PathBuf = generation.dir.join(&path);
+            if !known.contains(path.as_str()) {
+                damages.push(Damage {
+                    path: at,
+                    problem: Problem::Unexpected,
+                    file: None,
+                });
+            } else if look(&at)?.is_some_and(|meta| meta.is_dir()) {
+                folders.push(path);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Hashes a file's content.
+pub(crate) fn hash_file(path: &Path) -> Result<Digest> {
+    let mut file = File::open(path).map_err(HostError::io("open", path))?;
+    let mut hasher = Hasher::new();
+    let mut buffer = vec![0; READ_BUFFER];
+    loop {
+        match file.read(&mut buffer) {
+            Ok(0) => return Ok(hasher.finish()),
+            Ok(got) => hasher.update(&buffer[..got]),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(HostError::io("read", path)(error).into()),
+        }
+    }
+}

@@ -1,0 +1,156 @@
+//! The OCI image layout (image specification, image-layout.md): `oci-layout`, `index.json` and the names in it.
+//!
+//! `index.json` only helps other tools to find manifests. The store never decides by it, so a damaged one is made anew.
+
+use std::collections::BTreeSet;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::Store;
+use super::complete::{read, to_json};
+use crate::digest::Digest;
+use crate::error::Result;
+
+/// A reference's name in `index.json` (image specification, annotations.md). It is the whole reference, so that two
+/// repositories with equal tags do not collide; the grammar there allows it.
+const REF_NAME: &str = "org.opencontainers.image.ref.name";
+
+/// A manifest to be found in the layout.
+#[derive(Clone, Debug)]
+pub(crate) struct NamedManifest<'a> {
+    pub(crate) reference: &'a str,
+    pub(crate) digest: &'a Digest,
+    pub(crate) size: u64,
+    pub(crate) media_type: &'a str,
+    pub(crate) artifact_type: Option<&'a str>,
+}
+
+#[derive(Debug, PartialEq, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Index {
+    schema_version: u32,
+    media_type: String,
+    manifests: Vec<Entry>,
+}
+
+#[derive(Debug, PartialEq, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Entry {
+    media_type: String,
+    digest: String,
+    size: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    artifact_type: Option<String>,
+    #[serde(default, skip_serializing_if = "Map::is_empty")]
+    annotations: Map<String, Value>,
+}
+
+impl Index {
+    fn empty() -> Index {
+        Index {
+            schema_version: 2,
+            media_type: "application/vnd.oci.image.index.v1+json".to_owned(),
+            manifests: Vec::new(),
+        }
+    }
+
+    /// Moves the name to this manifest. The one that had it stays findable by its digest.
+    fn name(&mut self, new: &NamedManifest<'_>) {
+        for entry in &mut self.manifests {
+            if entry.name() == Some(new.reference) {
+                entry.annotations.remove(REF_NAME);
+            }
+        }
+        let digest = new.digest.to_string();
+        self.manifests
+            .retain(|entry| entry.digest != digest || entry.name().is_some());
+        let mut annotations = Map::new();
+        annotations.insert(REF_NAME.to_owned(), new.reference.into());
+        self.manifests.push(Entry {
+            media_type: new.media_type.to_owned(),
+            digest,
+            size: new.size,
+            artifact_type: new.artifact_type.map(str::to_owned),
+            annotations,
+        });
+        self.tidy();
+    }
+
+    /// One nameless entry for a manifest is enough, and none when it has a name; the order does not depend on history.
+    fn tidy(&mut self) {
+        let named: BTreeSet<String> = self
+            .manifests
+            .iter()
+            .filter(|entry| entry.name().is_some())
+            .map(|entry| entry.digest.clone())
+            .collect();
+        self.manifests
+            .retain(|entry| entry.name().is_some() || !named.contains(&entry.digest));
+        self.manifests
+            .sort_by_key(|entry| (entry.digest.clone(), entry.name().map(str::to_owned)));
+        self.manifests
+            .dedup_by_key(|entry| (entry.digest.clone(), entry.name().map(str::to_owned)));
+    }
+}
+
+impl Entry {
+    fn name(&self) -> Option<&str> {
+        self.annotations.get(REF_NAME).and_then(Value::as_str)
+    }
+}
+
+impl Store {
+    /// Writes `oci-layout` and an empty `index.json` where they lack.
+    pub(super) fn init_oci(&self) -> Result<()> {
+        let layout = self.oci_dir().join("oci-layout");
+        let version = br#"{"imageLayoutVersion":"1.0.0"}"#;
+        if read(&layout)?.as_deref() != Some(version) {
+            self.write_file(&layout, version, 0o644)?;
+        }
+        if self.read_index()?.is_none() {
+            self.write_index(&Index::empty())?;
+        }
+        Ok(())
+    }
+
+    /// Makes a manifest findable under its reference; its blobs must be in place.
+    pub(crate) fn name_manifest(&self, manifest: &NamedManifest<'_>) -> Result<()> {
+        self.change_index(|index| index.name(manifest))
+    }
+
+    /// Forgets every manifest that is not to be kept.
+    pub(super) fn keep_manifests(&self, keep: &BTreeSet<Digest>) -> Result<()> {
+        let keep: BTreeSet<String> = keep.iter().map(ToString::to_string).collect();
+        self.change_index(|index| index.manifests.retain(|entry| keep.contains(&entry.digest)))
+    }
+
+    fn change_index(&self, change: impl FnOnce(&mut Index)) -> Result<()> {
+        let old = self.read_index()?;
+        let mut new = old.clone().unwrap_or_else(Index::empty);
+        change(&mut new);
+        if old.as_ref() == Some(&new) {
+            return Ok(());
+        }
+        self.write_index(&new)
+    }
+
+    fn read_index(&self) -> Result<Option<Index>> {
+        let path = self.oci_dir().join("index.json");
+        let Some(bytes) = read(&path)? else {
+            return Ok(None);
+        };
+        match serde_json::from_slice(&bytes) {
+            Ok(index) => Ok(Some(index)),
+            Err(error) => {
+                tracing::warn!(path = %path.display(), %error, "unusable index.json; it is made anew");
+                Ok(None)
+            }
+        }
+    }
+
+    fn write_index(&self, index: &Index) -> Result<()> {
+        let path = self.oci_dir().join("index.json");
+        self.write_file(&path, &to_json(&path, index)?, 0o644)
+    }
+}

@@ -1,0 +1,106 @@
+//! Gives complete, synced files their final names.
+
+use std::fs;
+use std::io::{self, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use km_host::{Error as HostError, atomic};
+
+use super::{Store, look};
+use crate::digest::Digest;
+use crate::error::Result;
+use crate::generation::{EXECUTABLE_MODE, FILE_MODE};
+
+impl Store {
+    /// Whether a blob of that size is there under its final name.
+    pub(crate) fn has_blob(&self, digest: &Digest, size: u64) -> Result<bool> {
+        has(&self.blob_path(digest), size)
+    }
+
+    /// Whether a content of that size is there under its final name.
+    pub(crate) fn has_content(&self, digest: &Digest, size: u64, executable: bool) -> Result<bool> {
+        has(&self.content_path(digest, executable), size)
+    }
+
+    /// Places a verified, synced temporary file as a blob.
+    pub(crate) fn place_blob(&self, from: &Path, digest: &Digest) -> Result<()> {
+        self.place(from, &self.blob_path(digest), FILE_MODE)
+    }
+
+    /// Places a verified, synced temporary file as a content.
+    pub(crate) fn place_content(
+        &self,
+        from: &Path,
+        digest: &Digest,
+        executable: bool,
+    ) -> Result<()> {
+        let mode = if executable {
+            EXECUTABLE_MODE
+        } else {
+            FILE_MODE
+        };
+        self.place(from, &self.content_path(digest, executable), mode)
+    }
+
+    /// Makes a raw layer's blob and its content one inode, from whichever of the two is there. Returns whether one was.
+    pub(crate) fn join_raw(&self, digest: &Digest, size: u64) -> Result<bool> {
+        let (blob, content) = (self.blob_path(digest), self.content_path(digest, false));
+        match (has(&blob, size)?, has(&content, size)?) {
+            (true, true) => Ok(true),
+            (true, false) => self.link_as(&blob, &content).map(|()| true),
+            (false, true) => self.link_as(&content, &blob).map(|()| true),
+            (false, false) => Ok(false),
+        }
+    }
+
+    /// Gives `from` a second name, replacing what is there. Where the file system has no hard links, or no more of them
+    /// for this file, it is copied; copy_file_range(2) makes that a reflink where there are such.
+    pub(super) fn link_as(&self, from: &Path, to: &Path) -> Result<()> {
+        let staged = self.temp_path("link")?;
+        link_or_copy(from, &staged)?;
+        atomic::rename(&staged, to)?;
+        // Renaming one name of an inode over another of the same inode does nothing (rename(2)).
+        Ok(atomic::remove_file(&staged)?)
+    }
+
+    /// Creates or replaces a file in one step. Unlike km_host's write it stages in `.store/tmp`, so that a killed process
+    /// leaves nothing beside the file.
+    pub(super) fn write_file(&self, path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
+        let (mut file, temp) = self.temp_file("write")?;
+        file.write_all(bytes)
+            .map_err(HostError::io("write", temp.path()))?;
+        drop(file);
+        self.place(temp.path(), path, mode)
+    }
+
+    fn place(&self, from: &Path, to: &Path, mode: u32) -> Result<()> {
+        let file = fs::File::open(from).map_err(HostError::io("open", from))?;
+        file.set_permissions(fs::Permissions::from_mode(mode))
+            .map_err(HostError::io("set mode of", from))?;
+        file.sync_all().map_err(HostError::io("sync", from))?;
+        Ok(atomic::rename(from, to)?)
+    }
+}
+
+/// Links, or copies where that cannot be done. A copy is synced; the folder is not.
+pub(super) fn link_or_copy(from: &Path, to: &Path) -> Result<()> {
+    match fs::hard_link(from, to) {
+        Ok(()) => return Ok(()),
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::TooManyLinks
+                    | io::ErrorKind::PermissionDenied
+                    | io::ErrorKind::Unsupported
+            ) => {}
+        Err(error) => return Err(HostError::io("link to", to)(error).into()),
+    }
+    fs::copy(from, to).map_err(HostError::io("copy to", to))?;
+    let copy = fs::File::open(to).map_err(HostError::io("open", to))?;
+    Ok(copy.sync_all().map_err(HostError::io("sync", to))?)
+}
+
+fn has(path: &Path, size: u64) -> Result<bool> {
+    Ok(look(path)?.is_some_and(|meta| meta.is_file() && meta.len() == size))
+}
