@@ -22,9 +22,11 @@ mod complete;
 mod generations;
 mod oci;
 mod place;
+mod sink;
 mod temp;
 #[cfg(test)]
 mod tests;
+mod unpacking;
 
 use std::fs;
 use std::io;
@@ -39,6 +41,7 @@ use crate::error::{Error, Result};
 
 pub(crate) use complete::Record;
 pub(crate) use oci::NamedManifest;
+pub(crate) use sink::{FileSink, check_space};
 pub(crate) use temp::TempFile;
 
 /// The one folder in `artifactsDir` that is ours besides the classes' symlinks.

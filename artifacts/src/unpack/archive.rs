@@ -13,6 +13,8 @@ const COPY_BUFFER: usize = 256 << 10;
 
 /// Where contents go: one file after the other, in pieces.
 pub trait Output {
+    /// A file that is being written.
+    type Open;
     /// What a finished file is known by.
     type File: Clone;
     /// Why it failed.
@@ -21,17 +23,17 @@ pub trait Output {
     ///
     /// # Errors
     /// When there is no place for it.
-    fn begin(&mut self, size: u64, executable: bool) -> Result<(), Self::Error>;
+    fn begin(&mut self, size: u64, executable: bool) -> Result<Self::Open, Self::Error>;
     /// Takes the next bytes of the file.
     ///
     /// # Errors
     /// When they cannot be kept.
-    fn write(&mut self, bytes: &[u8]) -> Result<(), Self::Error>;
+    fn write(&mut self, open: &mut Self::Open, bytes: &[u8]) -> Result<(), Self::Error>;
     /// Ends the file.
     ///
     /// # Errors
     /// When it cannot be kept.
-    fn end(&mut self) -> Result<Self::File, Self::Error>;
+    fn end(&mut self, open: Self::Open) -> Result<Self::File, Self::Error>;
 }
 
 /// What an archive holds. Paths are normalised; empty folders are not kept.
@@ -186,7 +188,8 @@ impl<O: Output> Walk<'_, O> {
 
     fn content(&mut self, header: &Header) -> Result<O::File, UnpackError<O::Error>> {
         let executable = header.mode & 0o111 != 0;
-        self.output
+        let mut open = self
+            .output
             .begin(header.size, executable)
             .map_err(UnpackError::Output)?;
         let mut left = header.size;
@@ -199,11 +202,11 @@ impl<O: Output> Walk<'_, O> {
                 Err(error) => return Err(self.damaged(error)),
             };
             self.output
-                .write(&self.buffer[..got])
+                .write(&mut open, &self.buffer[..got])
                 .map_err(UnpackError::Output)?;
             left -= got as u64;
         }
-        let file = self.output.end().map_err(UnpackError::Output)?;
+        let file = self.output.end(open).map_err(UnpackError::Output)?;
         let mut padding = [0; header::BLOCK];
         self.input
             .read_exact(&mut padding[..header::padding(header.size)])

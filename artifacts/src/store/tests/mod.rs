@@ -3,6 +3,7 @@
 mod activation;
 mod contents;
 mod invariants;
+mod unpacked;
 
 use std::fs;
 use std::io::Write;

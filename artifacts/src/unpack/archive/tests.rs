@@ -16,28 +16,26 @@ struct Kept {
 
 #[derive(Default)]
 struct Memory {
-    open: Option<Kept>,
     total: u64,
 }
 
 impl Output for Memory {
+    type Open = Kept;
     type File = Kept;
     type Error = Infallible;
-    fn begin(&mut self, _size: u64, executable: bool) -> Result<(), Infallible> {
-        assert!(self.open.is_none());
-        self.open = Some(Kept {
+    fn begin(&mut self, _size: u64, executable: bool) -> Result<Kept, Infallible> {
+        Ok(Kept {
             bytes: Vec::new(),
             executable,
-        });
-        Ok(())
+        })
     }
-    fn write(&mut self, bytes: &[u8]) -> Result<(), Infallible> {
+    fn write(&mut self, open: &mut Kept, bytes: &[u8]) -> Result<(), Infallible> {
         self.total += bytes.len() as u64;
-        self.open.as_mut().unwrap().bytes.extend_from_slice(bytes);
+        open.bytes.extend_from_slice(bytes);
         Ok(())
     }
-    fn end(&mut self) -> Result<Kept, Infallible> {
-        Ok(self.open.take().unwrap())
+    fn end(&mut self, open: Kept) -> Result<Kept, Infallible> {
+        Ok(open)
     }
 }
 

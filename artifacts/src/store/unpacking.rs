@@ -1,0 +1,147 @@
+//! Unpacks a layer into the store: contents into temporary files, and all of them placed only after the whole archive was
+//! found acceptable.
+
+use std::collections::HashSet;
+use std::fs::File;
+
+use km_host::Error as HostError;
+
+use super::sink::FileSink;
+use super::{Record, Store, TempFile};
+use crate::digest::{Digest, Hasher};
+use crate::error::{Error, Result};
+use crate::generation::{ArtifactFile, ArtifactLink};
+use crate::unpack::{Format, Limits, Output, UnpackError, Unpacked, unpack};
+
+/// The content that an archive has for one file.
+#[derive(Clone, Debug)]
+struct Kept {
+    digest: Digest,
+    size: u64,
+    executable: bool,
+}
+
+/// A content that is being written.
+struct Open {
+    sink: FileSink,
+    hasher: Hasher,
+    size: u64,
+    executable: bool,
+}
+
+struct StoreOutput<'a> {
+    store: &'a Store,
+    /// What is to be placed; a content that is here twice is placed once.
+    pending: Vec<(TempFile, Digest, bool)>,
+    seen: HashSet<(Digest, bool)>,
+}
+
+impl Output for StoreOutput<'_> {
+    type Open = Open;
+    type File = Kept;
+    type Error = Error;
+
+    fn begin(&mut self, size: u64, executable: bool) -> Result<Open> {
+        Ok(Open {
+            sink: FileSink::create(self.store, "file", size)?,
+            hasher: Hasher::new(),
+            size,
+            executable,
+        })
+    }
+
+    fn write(&mut self, open: &mut Open, bytes: &[u8]) -> Result<()> {
+        open.hasher.update(bytes);
+        open.sink.write(bytes)
+    }
+
+    fn end(&mut self, open: Open) -> Result<Kept> {
+        let (digest, size, executable) = (open.hasher.finish(), open.size, open.executable);
+        let temp = open.sink.finish()?;
+        let present = self.store.has_content(&digest, size, executable)?;
+        if !present && self.seen.insert((digest.clone(), executable)) {
+            self.pending.push((temp, digest.clone(), executable));
+        }
+        Ok(Kept {
+            digest,
+            size,
+            executable,
+        })
+    }
+}
+
+impl Store {
+    /// Unpacks a layer whose blob is in the store, and writes down what it held. With `content`, the uncompressed tar must
+    /// have that digest. Blocks for as long as it takes.
+    ///
+    /// # Errors
+    /// When the archive is hostile or damaged, the digest differs, or the disk fails. Nothing is placed then.
+    pub(crate) fn unpack_layer(
+        &self,
+        layer: &Digest,
+        format: Format,
+        content: Option<&Digest>,
+        limits: &Limits,
+    ) -> Result<Record> {
+        let path = self.blob_path(layer);
+        let blob = File::open(&path).map_err(HostError::io("open", &path))?;
+        let mut output = StoreOutput {
+            store: self,
+            pending: Vec::new(),
+            seen: HashSet::new(),
+        };
+        let mut hasher = Hasher::new();
+        let unpacked = unpack(blob, format, limits, &mut output, &mut |bytes| {
+            hasher.update(bytes);
+        })
+        .map_err(|error| layer_error(layer, error))?;
+        let got = hasher.finish();
+        if let Some(expected) = content.filter(|content| **content != got) {
+            return Err(Error::Digest {
+                what: format!("the tar inside layer {layer}"),
+                expected: expected.clone(),
+                got,
+            });
+        }
+        for (temp, digest, executable) in output.pending {
+            self.place_content(temp.path(), &digest, executable)?;
+        }
+        let record = record(layer, got, unpacked);
+        self.write_record(&record)?;
+        Ok(record)
+    }
+}
+
+fn record(layer: &Digest, content: Digest, unpacked: Unpacked<Kept>) -> Record {
+    let files = unpacked.files.into_iter().map(|(path, kept)| ArtifactFile {
+        path,
+        digest: kept.digest,
+        size: kept.size,
+        executable: kept.executable,
+    });
+    let links = unpacked
+        .links
+        .into_iter()
+        .map(|(path, target)| ArtifactLink { path, target });
+    Record {
+        layer: layer.clone(),
+        content,
+        files: files.collect(),
+        links: links.collect(),
+    }
+}
+
+fn layer_error(layer: &Digest, error: UnpackError<Error>) -> Error {
+    match error {
+        UnpackError::Refused(source) => Error::Hostile {
+            origin: format!("layer {layer}"),
+            source,
+        },
+        UnpackError::Damaged { entry, source } => Error::Archive {
+            layer: layer.clone(),
+            entry,
+            source,
+        },
+        UnpackError::Output(error) => error,
+    }
+}
