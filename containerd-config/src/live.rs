@@ -30,6 +30,8 @@ pub struct LiveHandler {
     pub container_annotations: Option<Vec<String>>,
     /// `privileged_without_host_devices`.
     pub privileged_without_host_devices: Option<bool>,
+    /// `snapshotter`; not reported by 1.6.
+    pub snapshotter: Option<String>,
 }
 
 /// A handler that is not live as wanted.
@@ -118,6 +120,7 @@ impl LiveHandler {
             privileged_without_host_devices: report
                 .get("privileged_without_host_devices")
                 .and_then(Value::as_bool),
+            snapshotter: text("snapshotter"),
         }
     }
 
@@ -132,34 +135,36 @@ impl LiveHandler {
         }
         let path = wanted.runtime_path.clone().unwrap_or_default();
         let config = wanted.config_path.clone().unwrap_or_default();
-        check(
-            "runtime_type",
-            self.runtime_type.as_ref(),
-            &wanted.runtime_type,
-        )
-        .or_else(|| check("runtime_path", self.runtime_path.as_ref(), &path))
-        .or_else(|| check("options.ConfigPath", self.config_path.as_ref(), &config))
-        .or_else(|| {
+        // Where no snapshotter is wanted, the default one may be reported.
+        let snapshotter = self.snapshotter.as_ref().zip(wanted.snapshotter.as_ref());
+        [
+            check(
+                "runtime_type",
+                self.runtime_type.as_ref(),
+                &wanted.runtime_type,
+            ),
+            check("runtime_path", self.runtime_path.as_ref(), &path),
+            check("options.ConfigPath", self.config_path.as_ref(), &config),
             check(
                 "pod_annotations",
                 self.pod_annotations.as_ref(),
                 &wanted.pod_annotations,
-            )
-        })
-        .or_else(|| {
+            ),
             check(
                 "container_annotations",
                 self.container_annotations.as_ref(),
                 &wanted.container_annotations,
-            )
-        })
-        .or_else(|| {
+            ),
             check(
                 "privileged_without_host_devices",
                 self.privileged_without_host_devices.as_ref(),
                 &wanted.privileged_without_host_devices,
-            )
-        })
+            ),
+            snapshotter.and_then(|(found, wanted)| check("snapshotter", Some(found), wanted)),
+        ]
+        .into_iter()
+        .flatten()
+        .next()
     }
 }
 
@@ -182,7 +187,7 @@ mod tests {
         json!({ "containerd": { "runtimes": { "runc": { "runtimeType": "io.containerd.runc.v2" }, "kata": {
             "runtimeType": "io.containerd.kata.v2", "runtimePath": "", "PodAnnotations": ["io.katacontainers.*"],
             "ContainerAnnotations": null, "options": { "ConfigPath": "/c.toml" },
-            "privileged_without_host_devices": false, "baseRuntimeSpec": ""
+            "privileged_without_host_devices": false, "baseRuntimeSpec": "", "snapshotter": ""
         } } } })
     }
 
@@ -222,6 +227,13 @@ mod tests {
                     ..wanted()
                 },
                 "kata still has runtime_type = \"io.containerd.kata.v2\"",
+            ),
+            (
+                Handler {
+                    snapshotter: Some("nydus".into()),
+                    ..wanted()
+                },
+                "kata still has snapshotter = \"\"",
             ),
             (
                 Handler {

@@ -8,15 +8,27 @@ use super::settings_digest;
 use super::strip::Stripped;
 use crate::handler::Handler;
 
+/// The comment in the table of a restated default.
+const RESTATED: &str = "# containerd's own default, written out: containerd 1.x drops it once a file names any handler";
+
 /// What is to be put in.
 pub(super) struct Plan<'a> {
     pub(super) wanted: &'a [Handler],
+    /// Defaults of containerd to write out beside them.
+    pub(super) restated: &'a [Handler],
     /// The configuration's version, the file's own or the one that it gets.
     pub(super) version: u32,
     /// Foreign handlers whose tables become comments.
     pub(super) displaced: &'a [String],
     /// There was no file at first.
     pub(super) created: bool,
+}
+
+impl Plan<'_> {
+    /// Every handler that gets a table.
+    pub(super) fn handlers(&self) -> impl Iterator<Item = &Handler> {
+        self.wanted.iter().chain(self.restated)
+    }
 }
 
 /// Refuses handlers that have no place in a configuration.
@@ -102,11 +114,11 @@ pub(super) fn compose(base: &Stripped, plan: &Plan<'_>) -> String {
     }
     let state = State {
         handlers: plan
-            .wanted
-            .iter()
+            .handlers()
             .map(|handler| (handler.name.clone(), settings_digest(&handler.settings())))
             .collect(),
         joined,
+        restated: plan.restated.iter().map(|h| h.name.clone()).collect(),
         created: plan.created,
     };
     render_block(&mut block, plan, &state, eol);
@@ -134,11 +146,15 @@ fn render_block(out: &mut String, plan: &Plan<'_>, state: &State, eol: &str) {
     // Names and digests always have a JSON form.
     let state = serde_json::to_string(state).unwrap_or_default();
     line(&format!("{STATE}{state}"));
-    for (index, handler) in plan.wanted.iter().enumerate() {
+    for (index, handler) in plan.handlers().enumerate() {
         if index > 0 {
             line("");
         }
-        for text in table(handler, plugin(plan.version)) {
+        let mut lines = table(handler, plugin(plan.version));
+        if index >= plan.wanted.len() {
+            lines.insert(1, RESTATED.to_owned());
+        }
+        for text in lines {
             line(&text);
         }
     }

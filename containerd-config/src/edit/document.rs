@@ -10,7 +10,7 @@ use toml_edit::{InlineTable, Item, Key, Table, TomlError, Value};
 use super::error::ParseError;
 use super::lines::{Lines, bom};
 use super::marks::{self, Marks};
-use super::{FoundHandler, Owner};
+use super::{FoundHandler, Owner, settings_digest};
 use crate::handler::Settings;
 
 /// The CRI plugin's name in configuration version 2 (containerd 1.x, and accepted by 2.x).
@@ -123,7 +123,9 @@ impl Document {
     pub fn handlers(&self) -> Vec<FoundHandler> {
         let ours = self.own_names();
         let owner = |name: &String| {
-            if ours.contains(name) {
+            if ours.contains(name) && self.marks.restated(name) {
+                Owner::Restated
+            } else if ours.contains(name) {
                 Owner::Ours
             } else {
                 Owner::Foreign
@@ -144,7 +146,7 @@ impl Document {
         found
     }
 
-    /// Names of the handlers whose tables stand in a block of ours.
+    /// Names of the handlers whose tables stand in a block of ours, those that are only restated among them.
     pub(super) fn own_names(&self) -> Vec<String> {
         let mut names: Vec<String> = self
             .own_sections()
@@ -159,11 +161,17 @@ impl Document {
     pub(super) fn own_sections(&self) -> impl Iterator<Item = &Section> {
         self.sections.iter().filter(|section| {
             handler_of(&section.path).is_some_and(|name| {
-                self.marks
-                    .block_at(section.start)
-                    .is_some_and(|block| block.owns(name))
+                let block = self.marks.block_at(section.start);
+                block.is_some_and(|block| block.owns(name)) && !self.is_taken_over(name)
             })
         })
+    }
+
+    /// Whether somebody edited a default of containerd's that we wrote out: it is theirs then, and stays.
+    fn is_taken_over(&self, name: &str) -> bool {
+        self.marks.restated(name)
+            && self.settings(name).map(settings_digest).as_deref()
+                != self.marks.written_digest(name)
     }
 
     /// The sections of one handler, wherever they stand.

@@ -28,6 +28,15 @@ pub enum EditError {
         /// The version that was found.
         found: Option<u32>,
     },
+    /// The file is of a version that this containerd does not read.
+    #[error(
+        "the configuration is version {version}, and containerd 1.x reads version 2 only: it would not see the handlers. \
+         Write the file anew with `containerd config default`, then try again"
+    )]
+    TooNew {
+        /// The file's version.
+        version: u32,
+    },
     /// The version is no number that containerd knows.
     #[error(
         "line {line}: `version = {value}` is no version of containerd's configuration: it must be 2, 3 or 4"

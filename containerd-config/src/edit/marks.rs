@@ -42,6 +42,9 @@ pub(super) struct State {
     /// The text before the block had no line break at its end: the one that is there is ours.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub(super) joined: bool,
+    /// Those of `handlers` that are defaults of containerd, written out because it would drop them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(super) restated: Vec<String>,
     /// There was no file.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub(super) created: bool,
@@ -111,6 +114,12 @@ impl Marks {
             .filter_map(|block| block.state.as_ref()?.handlers.get(name))
             .map(String::as_str)
             .next()
+    }
+
+    /// Whether a handler was written out because containerd would drop it.
+    pub(super) fn restated(&self, name: &str) -> bool {
+        let mut states = self.blocks.iter().filter_map(|block| block.state.as_ref());
+        states.any(|state| state.restated.iter().any(|restated| restated == name))
     }
 
     /// Whether the file was made by us.

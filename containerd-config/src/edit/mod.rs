@@ -27,6 +27,10 @@ use crate::handler::{Handler, Settings};
 use strip::Stripped;
 pub(crate) use verify::unlike;
 
+/// The one default handler of containerd 1.x and its type (`DefaultConfig` in containerd's
+/// `pkg/cri/config/config_unix.go`, 1.4 to 1.7).
+const DEFAULT_HANDLER: (&str, &str) = ("runc", "io.containerd.runc.v2");
+
 /// A runtime handler found in a configuration.
 #[derive(Debug, Clone, PartialEq)]
 pub struct FoundHandler {
@@ -47,6 +51,8 @@ pub enum Owner {
     Ours,
     /// Somebody else's.
     Foreign,
+    /// A default of containerd's, written out in our block because containerd 1.x drops it once a file names a handler.
+    Restated,
     /// Somebody else's, set aside in comments while one of ours has its name.
     Adopted,
 }
@@ -56,8 +62,12 @@ pub enum Owner {
 pub struct SetOptions<'a> {
     /// Names of foreign handlers that may be set aside for one of ours.
     pub adopt: &'a [String],
-    /// The version that a file without any settings gets: 2 for containerd 1.x, 3 for 2.x
+    /// The configuration version of this containerd: 2 for 1.x, 3 for 2.x
     /// ([`crate::ContainerdVersion::config_version`]). Anything below 2 counts as 2.
+    ///
+    /// A file without any settings gets it as its `version`. And where it is 2, a file that names no handler also gets
+    /// containerd's default one, `runc`: containerd 1.x replaces its default handlers by those of the file, and its CRI
+    /// plugin then does not start for want of the default (measured with 1.6.20 and 1.7.24; 2.x merges them).
     pub assume_version: u32,
     /// There is no file: `text` is empty, and [`remove_all`] will say that the file is to be removed.
     pub absent: bool,
@@ -83,6 +93,8 @@ pub struct Edited {
     pub given_back: Vec<String>,
     /// Handlers of ours that somebody edited or removed since, and that are now as wanted again.
     pub drifted: Vec<String>,
+    /// Defaults of containerd that are written out in the text, or were in the text before.
+    pub restated: Vec<String>,
     /// We created the file and nothing is left in it: it is to be removed.
     pub remove_file: bool,
 }
@@ -115,7 +127,11 @@ pub fn set_handlers(
     refuse_obstacle(text, &stripped, version)?;
     let displaced = displaced(text, &stripped, wanted, options.adopt)?;
     let before = present(&document, &stripped);
-    if is_as_wanted(&document, &stripped, wanted, &before, &displaced) {
+    let restated = restated(&stripped.document, wanted, options);
+    let restated_are_there = restated
+        .iter()
+        .all(|handler| stripped.restated.contains(&handler.name));
+    if restated_are_there && is_as_wanted(&document, &stripped, wanted, &before, &displaced) {
         return Ok(Edited {
             text: text.to_owned(),
             ..Edited::default()
@@ -123,16 +139,23 @@ pub fn set_handlers(
     }
     let plan = compose::Plan {
         wanted,
+        restated: &restated,
         version,
         displaced: &displaced,
         created: options.absent || document.marks.created(),
     };
     let result = compose::compose(&stripped, &plan);
     let after = verify::composed(&stripped, &result, &plan)?;
-    verify::default_runtime(&document, &after)?;
+    verify::default_runtime(&document, &after, &stripped.restated)?;
     let mut edited = report(&document, wanted, options.recorded, &before);
     edited.adopted = difference(&displaced, &stripped.given_back);
     edited.given_back = difference(&stripped.given_back, &displaced);
+    edited.restated = restated
+        .iter()
+        .map(|handler| handler.name.clone())
+        .collect();
+    let no_more = difference(&stripped.restated, &edited.restated);
+    edited.restated.extend(no_more);
     edited.text = result;
     Ok(edited)
 }
@@ -152,7 +175,7 @@ pub fn remove_all(text: &str, recorded: &[Handler]) -> Result<Edited, EditError>
 }
 
 fn removed(document: Document, stripped: Stripped) -> Result<Edited, EditError> {
-    verify::default_runtime(&document, &stripped.document)?;
+    verify::default_runtime(&document, &stripped.document, &stripped.restated)?;
     let created = document.marks.created();
     let blank = stripped
         .text
@@ -160,8 +183,9 @@ fn removed(document: Document, stripped: Stripped) -> Result<Edited, EditError> 
         .trim()
         .is_empty();
     Ok(Edited {
-        removed: stripped.removed.clone(),
+        removed: difference(&stripped.removed, &stripped.restated),
         given_back: stripped.given_back.clone(),
+        restated: stripped.restated,
         remove_file: created && blank,
         text: stripped.text,
         ..Edited::default()
@@ -207,6 +231,9 @@ fn version_to_use(
             // A version that we gave the file stays: every later containerd reads it.
             let given = document.version().filter(|version| *version >= 2);
             Ok(given.unwrap_or(options.assume_version.max(2)))
+        }
+        Some(version) if version > 2 && options.assume_version <= 2 => {
+            Err(EditError::TooNew { version })
         }
         Some(version) if version >= 2 => Ok(version),
         found => Err(EditError::OldVersion { found }),
@@ -267,11 +294,27 @@ fn displaced(
     Ok(displaced)
 }
 
-/// Our handlers in the text before the edit.
+/// containerd's default handlers that would be lost, and are written out beside ours.
+fn restated(base: &Document, wanted: &[Handler], options: &SetOptions<'_>) -> Vec<Handler> {
+    let is_wanted = wanted
+        .iter()
+        .any(|handler| handler.name == DEFAULT_HANDLER.0);
+    if options.assume_version > 2 || !base.tables.is_empty() || is_wanted {
+        return Vec::new();
+    }
+    vec![Handler {
+        name: DEFAULT_HANDLER.0.to_owned(),
+        runtime_type: DEFAULT_HANDLER.1.to_owned(),
+        ..Handler::default()
+    }]
+}
+
+/// Our handlers in the text before the edit, those that are only restated left out.
 fn present(document: &Document, stripped: &Stripped) -> BTreeMap<String, Settings> {
-    let names = stripped.removed.iter();
+    let names = difference(&stripped.removed, &stripped.restated);
     names
-        .filter_map(|name| Some((name.clone(), document.settings(name)?.clone())))
+        .into_iter()
+        .filter_map(|name| Some((name.clone(), document.settings(&name)?.clone())))
         .collect()
 }
 
@@ -289,7 +332,7 @@ fn is_as_wanted(
     };
     let whole = !block.end.is_empty() && block.state.is_some() && marks.strays.is_empty();
     let same_handlers = before.len() == wanted.len()
-        && stripped.removed.len() == wanted.len()
+        && stripped.removed.len() == wanted.len() + stripped.restated.len()
         && wanted
             .iter()
             .all(|handler| before.get(&handler.name) == Some(&handler.settings()));

@@ -17,6 +17,8 @@ pub(super) struct Stripped {
     pub(super) at: Option<usize>,
     /// The handlers of ours that were taken out.
     pub(super) removed: Vec<String>,
+    /// Those of `removed` that are defaults of containerd, and are in force without being written.
+    pub(super) restated: Vec<String>,
     /// The handlers whose adopted tables are back in this text.
     pub(super) given_back: Vec<String>,
     /// What was cut out of the text before.
@@ -46,6 +48,11 @@ pub(super) fn strip(
 ) -> Result<Stripped, EditError> {
     let mut removed = document.own_names();
     removed.extend(orphans.iter().cloned());
+    let own = removed.iter();
+    let restated = own
+        .filter(|name| document.marks.restated(name))
+        .cloned()
+        .collect();
     let taken = if document.marks.is_empty() && orphans.is_empty() {
         Taken::nothing(text)
     } else {
@@ -71,6 +78,7 @@ pub(super) fn strip(
         document: stripped,
         at,
         removed,
+        restated,
         given_back,
         cuts,
         has_orphans: !orphans.is_empty(),

@@ -36,7 +36,7 @@ pub(super) fn composed(
     let document = Document::parse(result).map_err(|error| EditError::NotAsMeant {
         what: format!("the result cannot be read: {error}"),
     })?;
-    let names: Vec<String> = plan.wanted.iter().map(|h| h.name.clone()).collect();
+    let names: Vec<String> = plan.handlers().map(|h| h.name.clone()).collect();
     let mut rest = without(&document.tree, &names);
     if base.document.version().is_none() {
         rest.remove("version");
@@ -46,7 +46,7 @@ pub(super) fn composed(
         &rest,
         "after adding our handlers",
     )?;
-    for handler in plan.wanted {
+    for handler in plan.handlers() {
         if document.settings(&handler.name) != Some(&handler.settings()) {
             return Err(EditError::NotAsMeant {
                 what: format!("the handler {:?} reads back differently", handler.name),
@@ -62,14 +62,21 @@ pub(super) fn composed(
     Ok(document)
 }
 
-/// The handler of pods that name none is still there.
-pub(super) fn default_runtime(before: &Document, after: &Document) -> Result<(), EditError> {
+/// The handler of pods that name none is still there, or is one of containerd's defaults.
+pub(super) fn default_runtime(
+    before: &Document,
+    after: &Document,
+    restated: &[String],
+) -> Result<(), EditError> {
+    let lost = |name: &str| {
+        after.settings(name).is_none()
+            && before.settings(name).is_some()
+            && !restated.iter().any(|restated| restated == name)
+    };
     match after.default_runtime() {
-        Some(name) if after.settings(name).is_none() && before.settings(name).is_some() => {
-            Err(EditError::DefaultRuntime {
-                name: name.to_owned(),
-            })
-        }
+        Some(name) if lost(name) => Err(EditError::DefaultRuntime {
+            name: name.to_owned(),
+        }),
         _ => Ok(()),
     }
 }
@@ -97,19 +104,57 @@ fn first_difference(a: &Settings, b: &Settings) -> String {
     }
 }
 
-/// The first setting in which two documents differ, the handlers `ours` and the root keys `ignored` apart.
-pub(crate) fn unlike(
-    a: &Document,
-    b: &Document,
-    ours: &[String],
-    ignored: &[&str],
-) -> Option<String> {
+/// The settings in which two documents differ, each with both values; the handlers `ours` and the root keys `ignored` apart.
+/// A value that is zero in Go counts as absent: a dump writes some of them out.
+pub(crate) fn unlike(a: &Document, b: &Document, ours: &[String], ignored: &[&str]) -> Vec<String> {
     let [mut a, mut b] = [a, b].map(|document| without(&document.tree, ours));
     for key in ignored {
         a.shift_remove(*key);
         b.shift_remove(*key);
     }
-    (a != b).then(|| first_difference(&a, &b))
+    let mut found = Vec::new();
+    differences(&mut String::new(), &a, &b, &mut found);
+    found
+}
+
+fn differences(path: &mut String, a: &Settings, b: &Settings, found: &mut Vec<String>) {
+    let only_b = b.keys().filter(|key| !a.contains_key(*key));
+    for key in a.keys().chain(only_b) {
+        let length = path.len();
+        if !path.is_empty() {
+            path.push('.');
+        }
+        path.push_str(key);
+        let empty = Settings::new();
+        let table = |side: Option<&Value>| match side {
+            Some(Value::Object(table)) => Some(table.clone()),
+            None => Some(empty.clone()),
+            _ => None,
+        };
+        let sides = (a.get(key), b.get(key));
+        match (table(sides.0), table(sides.1)) {
+            (Some(a), Some(b)) => differences(path, &a, &b, found),
+            _ if sides.0 == sides.1 || (is_zero(sides.0) && is_zero(sides.1)) => {}
+            _ => {
+                let show = |side: Option<&Value>| {
+                    side.map_or_else(|| "nothing".to_owned(), Value::to_string)
+                };
+                found.push(format!("{path} ({} -> {})", show(sides.0), show(sides.1)));
+            }
+        }
+        path.truncate(length);
+    }
+}
+
+fn is_zero(value: Option<&Value>) -> bool {
+    match value {
+        None | Some(Value::Null | Value::Bool(false)) => true,
+        Some(Value::Number(number)) => number.as_f64() == Some(0.0),
+        Some(Value::String(text)) => text.is_empty(),
+        Some(Value::Array(list)) => list.is_empty(),
+        Some(Value::Object(table)) => table.is_empty(),
+        Some(Value::Bool(true)) => false,
+    }
 }
 
 /// The document without these handlers, and without the tables that only led to them.

@@ -18,6 +18,8 @@ const COPY_MODE: u32 = 0o600;
 /// Settings of a dump that say how the file was read, not what is in force: which files it was made from, and the version
 /// that it was migrated to.
 const NOT_COMPARED: [&str; 2] = ["imports", "version"];
+/// How many differing settings an error lists.
+const SHOWN: usize = 8;
 /// What most often makes a dump differ from the file.
 const REPLACED: &str = "Most likely an imported file (`imports`) replaces the table: containerd 1.x takes the whole CRI \
     plugin's table from the last file that has one. Move the handlers of that file into the main one, or take it out of \
@@ -171,7 +173,7 @@ fn keeps_the_rest(
 ) -> Result<(), TransactionError> {
     let live = change.want_live.iter().map(|handler| handler.name.clone());
     let other = change.want_gone.iter().chain(&change.given_back).cloned();
-    let ours: Vec<String> = live.chain(other).collect();
+    let mut ours: Vec<String> = live.chain(other).collect();
     let left = in_force(candidate);
     let now = in_force(current).into_iter().map(|handler| handler.name);
     let lost: Vec<String> = now
@@ -184,11 +186,20 @@ fn keeps_the_rest(
         );
         return Err(failed(change, problem, None));
     }
-    match unlike(current, candidate, &ours, &NOT_COMPARED) {
-        None => Ok(()),
-        Some(key) => {
-            let problem = format!("the setting {key} would no longer be what it is");
-            Err(failed(change, problem, None))
-        }
+    // Written out or not, a default handler is in force; only what containerd fills in at start-up differs in a dump.
+    ours.extend(change.restated.iter().cloned());
+    let differ = unlike(current, candidate, &ours, &NOT_COMPARED);
+    if differ.is_empty() {
+        return Ok(());
     }
+    let shown = differ[..differ.len().min(SHOWN)].join(", ");
+    if change.accept_other_settings {
+        tracing::warn!(settings = %shown, "containerd will read other settings differently");
+        return Ok(());
+    }
+    let problem = format!(
+        "other settings would change too: {shown}. This containerd reads the file differently once it names a handler. Write \
+         these settings into the file as they are in force now, or let `containerd config migrate` rewrite it, then try again"
+    );
+    Err(failed(change, problem, None))
 }

@@ -46,6 +46,15 @@ pub enum TransactionError {
         /// The backup.
         path: PathBuf,
     },
+    /// Replacing the file failed part way.
+    #[error("replacing the configuration of containerd failed part way. {restoration}")]
+    HalfWritten {
+        /// What failed.
+        #[source]
+        cause: Box<TransactionError>,
+        /// How the way back went.
+        restoration: Restoration,
+    },
     /// An earlier, interrupted change could not be taken back.
     #[error(
         "an earlier change of containerd's configuration was interrupted and could not be taken back"

@@ -29,6 +29,7 @@ pub use error::{Cause, Restoration, RestoreError, TransactionError};
 pub use resume::{Resumed, resume};
 
 use crate::digest::Digest;
+use crate::edit::Edited;
 use crate::handler::Handler;
 use crate::live::LiveHandlers;
 use ready::Previous;
@@ -45,8 +46,9 @@ pub trait Daemon: Sync {
     /// does not answer, or its CRI plugin did not load.
     fn handlers(&self) -> impl Future<Output = Result<LiveHandlers, BoxError>> + Send;
 
-    /// What `containerd --config <config> config dump` of the binary that runs prints. `config` is a path as this process
-    /// sees it. `None` when the binary cannot be run from here; an error when it ran and refused the file.
+    /// What `containerd --config <config> config dump` of the binary that runs prints; if there is no such file, what
+    /// `containerd config default` prints. `config` is a path as this process sees it. `None` when the binary cannot be run
+    /// from here; an error when it ran and refused the file.
     fn dump(&self, config: &Path) -> impl Future<Output = Result<Option<String>, BoxError>> + Send;
 }
 
@@ -145,16 +147,52 @@ pub struct Change {
     /// Names of adopted handlers that the edit gives back ([`crate::edit::Edited::given_back`]): live afterwards, as
     /// whatever their owner wrote.
     pub given_back: Vec<String>,
+    /// Defaults of containerd that the edit writes out or takes out again ([`crate::edit::Edited::restated`]).
+    pub restated: Vec<String>,
     /// Where the old bytes are kept. Never removed by the transaction.
     pub backup: PathBuf,
     /// Whether containerd is restarted.
     pub restart: Restart,
+    /// Go on though containerd would read other settings of the file differently afterwards. Only for someone who has seen
+    /// which: [`TransactionError::ValidationFailed`] lists them.
+    pub accept_other_settings: bool,
     /// A restart is owed although the file may be right already: it was changed without one.
     pub restart_owed: bool,
     /// Folders that we once made for the file, outermost first: removed with it when empty.
     pub made_folders: Vec<PathBuf>,
     /// How long each step may take.
     pub deadlines: Deadlines,
+}
+
+impl Change {
+    /// The change that an edit stands for, with containerd restarted if needed and the default deadlines.
+    ///
+    /// `before` is the file as it was read for the edit, and `want_live` the handlers that were wanted. The backup is written
+    /// to `backup`.
+    pub fn from_edit(
+        path: PathBuf,
+        before: Option<Vec<u8>>,
+        edited: &Edited,
+        want_live: Vec<Handler>,
+        backup: PathBuf,
+    ) -> Change {
+        Change {
+            path,
+            told_path: None,
+            before,
+            after: (!edited.remove_file).then(|| edited.text.clone().into_bytes()),
+            want_live,
+            want_gone: edited.gone(),
+            given_back: edited.given_back.clone(),
+            restated: edited.restated.clone(),
+            backup,
+            restart: Restart::IfNeeded,
+            accept_other_settings: false,
+            restart_owed: false,
+            made_folders: Vec::new(),
+            deadlines: Deadlines::default(),
+        }
+    }
 }
 
 /// What a crash leaves to be done. Only what cannot be observed; see [`resume`].
@@ -257,13 +295,10 @@ fn give_up(owed: &Owed, journal: &mut dyn Journal, error: TransactionError) -> T
         files::restore(owed).and_then(|()| journal.settled().map_err(RestoreError::Journal));
     match undone {
         Ok(()) => error,
-        Err(undo) => {
-            tracing::warn!(
-                error = &undo as &dyn std::error::Error,
-                "a failed write is still to be undone"
-            );
-            error
-        }
+        Err(undo) => TransactionError::HalfWritten {
+            cause: Box::new(error),
+            restoration: Restoration::Failed(Box::new(undo)),
+        },
     }
 }
 

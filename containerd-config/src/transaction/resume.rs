@@ -22,7 +22,7 @@ pub enum Resumed {
 /// Settles what a killed process left in the journal. Call it under the lock, before a new plan is made.
 ///
 /// It goes by what is there, not by how far the other process came: a file with the new bytes is taken to the end
-/// (restart unless the handlers are live, wait, else restore); a file with the old bytes needs a restart only if one had
+/// (restart, unless one had begun and the handlers are live; wait; else restore); a file with the old bytes needs a restart only if one had
 /// begun; a file with other bytes is someone else's.
 ///
 /// # Errors
@@ -44,7 +44,7 @@ pub async fn resume<D: Daemon>(
     };
     let restart = owed.restart == Restart::IfNeeded;
     match resumed {
-        Resumed::Finished if restart && !is_live(&owed, daemon).await => {
+        Resumed::Finished if restart && !(owed.restarting && is_live(&owed, daemon).await) => {
             finish(&mut owed, daemon, journal, report).await?;
             return Ok(resumed);
         }

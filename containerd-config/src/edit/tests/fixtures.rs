@@ -97,7 +97,7 @@ fn adopting_every_foreign_handler_and_giving_it_back_is_the_identity() {
             continue;
         }
         let wanted: Vec<Handler> = names.iter().map(|name| plain(name)).collect();
-        let refused = set_handlers(text, &wanted, &options(2)).unwrap_err();
+        let refused = set_handlers(text, &wanted, &options(3)).unwrap_err();
         assert!(
             matches!(refused, EditError::Conflict { .. }),
             "{name}: {refused}"
@@ -105,7 +105,7 @@ fn adopting_every_foreign_handler_and_giving_it_back_is_the_identity() {
 
         let allow = SetOptions {
             adopt: &names,
-            ..options(2)
+            ..options(3)
         };
         let edited = set_handlers(text, &wanted, &allow).unwrap();
         assert_eq!(edited.adopted, names, "{name}");
@@ -129,6 +129,25 @@ fn adopting_every_foreign_handler_and_giving_it_back_is_the_identity() {
         assert_eq!(undone.text, *text, "{name}");
     }
     assert!(adopted > 15, "{adopted}");
+}
+
+#[test]
+fn the_same_holds_where_the_default_handler_must_be_written_out() {
+    let mut restated = 0;
+    for (name, text) in FIXTURES {
+        if Document::parse(text).unwrap().version() == Some(3) {
+            let error = set_handlers(text, &[handler("km")], &options(2)).unwrap_err();
+            assert_eq!(error, EditError::TooNew { version: 3 }, "{name}");
+            continue;
+        }
+        let edited = set_handlers(text, &[handler("km")], &options(2)).unwrap();
+        let found = Document::parse(&edited.text).unwrap().handlers();
+        restated += found.iter().filter(|h| h.owner == Owner::Restated).count();
+        let again = set_handlers(&edited.text, &[handler("km")], &options(2)).unwrap();
+        assert_eq!(again.text, edited.text, "{name}");
+        assert_eq!(remove_all(&edited.text, &[]).unwrap().text, *text, "{name}");
+    }
+    assert_eq!(restated, 5);
 }
 
 #[test]
@@ -211,13 +230,13 @@ fn what_cannot_be_edited_is_refused_with_line_and_remedy() {
         ),
     ];
     for (text, wanted) in cases {
-        let error = set_handlers(text, &[handler("km")], &options(2)).unwrap_err();
+        let error = set_handlers(text, &[handler("km")], &options(3)).unwrap_err();
         assert!(error.to_string().contains(wanted), "{error}");
         // Removing from a file that has nothing of ours never fails.
         assert_eq!(remove_all(text, &[]).unwrap().text, *text);
     }
     let broken = include_str!("../../../fixtures/refused/broken.toml");
-    let error = set_handlers(broken, &[handler("km")], &options(2)).unwrap_err();
+    let error = set_handlers(broken, &[handler("km")], &options(3)).unwrap_err();
     let EditError::Parse(error) = error else {
         panic!("{error}")
     };

@@ -34,7 +34,7 @@ fn options(version: u32) -> SetOptions<'static> {
 }
 
 fn set(text: &str, wanted: &[Handler]) -> Edited {
-    set_handlers(text, wanted, &options(2)).unwrap()
+    set_handlers(text, wanted, &options(3)).unwrap()
 }
 
 fn ours(text: &str) -> Vec<String> {

@@ -205,8 +205,14 @@ fn reads_as(text: &str, wanted: &[Handler]) -> Result<(), TestCaseError> {
     Ok(())
 }
 
+/// How many cases each property is tried on: `PROPTEST_CASES`, or a number that takes a few seconds.
+fn cases() -> u32 {
+    let wanted = std::env::var("PROPTEST_CASES").ok();
+    wanted.and_then(|cases| cases.parse().ok()).unwrap_or(1500)
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(1500))]
+    #![proptest_config(ProptestConfig::with_cases(cases()))]
 
     #[test]
     fn set_then_remove_is_the_identity(config in config(), first in wanted("w"), second in wanted("w")) {

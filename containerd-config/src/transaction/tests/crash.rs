@@ -105,3 +105,14 @@ fn what_is_owed_survives_the_journal_and_leftovers_are_found() {
     remove_leftovers(config).unwrap();
     node.nothing_beside();
 }
+
+/// The binary spawns these futures on a runtime with several threads.
+#[test]
+fn a_transaction_can_be_spawned() {
+    fn sendable<T: Send>(_: T) {}
+    let mut node = Node::new(Some(BEFORE));
+    let change = node.set(&[handler("km")]);
+    let owed = record(&change, &None);
+    sendable(run(&change, &node.fake, &mut node.book, &mut |_| {}));
+    sendable(resume(&owed, &node.fake, &mut node.book, &mut |_| {}));
+}

@@ -8,7 +8,7 @@ use std::fs;
 use std::sync::Mutex;
 
 use super::*;
-use crate::edit::{Edited, SetOptions, remove_all, set_handlers};
+use crate::edit::{SetOptions, remove_all, set_handlers};
 
 /// What the containerd does at its next restart.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -189,29 +189,20 @@ impl Node {
     }
 
     fn change(&self, edited: &Edited, want_live: Vec<Handler>) -> Change {
-        let before = self.text().map(String::into_bytes);
-        let after = (!edited.remove_file).then(|| edited.text.clone().into_bytes());
-        Change {
-            path: self.fake.config.clone(),
-            told_path: None,
-            before,
-            after,
+        Change::from_edit(
+            self.fake.config.clone(),
+            self.text().map(String::into_bytes),
+            edited,
             want_live,
-            want_gone: edited.gone(),
-            given_back: edited.given_back.clone(),
-            backup: self.dir.path().join("state/config.toml.backup"),
-            restart: Restart::IfNeeded,
-            restart_owed: false,
-            made_folders: Vec::new(),
-            deadlines: Deadlines::default(),
-        }
+            self.dir.path().join("state/config.toml.backup"),
+        )
     }
 
     fn set(&self, wanted: &[Handler]) -> Change {
         let text = self.text();
         let options = SetOptions {
             absent: text.is_none(),
-            assume_version: 2,
+            assume_version: 3,
             ..SetOptions::default()
         };
         let edited = set_handlers(&text.unwrap_or_default(), wanted, &options).unwrap();

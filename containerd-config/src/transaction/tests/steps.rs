@@ -124,7 +124,7 @@ async fn what_containerd_would_read_differently_is_refused_before_anything_is_wr
         ),
         (
             format!("=version = 2\noom_score = 3\n{RUNC}{KM}"),
-            "the setting oom_score would no longer",
+            "other settings would change too: oom_score (nothing -> 3)",
         ),
     ] {
         let mut node = Node::new(Some(BEFORE));
