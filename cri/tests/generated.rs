@@ -1,0 +1,46 @@
+//! Holds `src/generated/runtime.v1.rs` against `proto/runtime.proto`: builds need no protobuf compiler, because the
+//! generated code is committed. After a change of the .proto file, write it anew with
+//! `KM_UPDATE=1 cargo test -p km-cri --test generated`.
+
+use std::path::{Path, PathBuf};
+use std::{env, fs};
+
+const PROTO: &str = "runtime.proto";
+const GENERATED: &str = "runtime.v1.rs";
+
+fn generate(proto_dir: &Path) -> String {
+    let files = protox::compile([PROTO], [proto_dir]).expect("proto/runtime.proto compiles");
+    let out = tempfile::tempdir().expect("a temporary directory");
+    tonic_prost_build::configure()
+        // Only this crate's own tests serve the CRI.
+        .server_mod_attribute(".", "#[cfg(test)]")
+        .generate_default_stubs(true)
+        // A credential: src/wire.rs gives it a Debug that shows none of it.
+        .skip_debug([".runtime.v1.AuthConfig"])
+        .btree_map(".")
+        .out_dir(out.path())
+        .compile_fds(files)
+        .expect("code is generated from the descriptors");
+    fs::read_to_string(out.path().join(GENERATED)).expect("the generated file is there")
+}
+
+#[test]
+fn the_generated_code_is_current() {
+    let crate_dir = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    let want = generate(&crate_dir.join("proto"));
+    let path = crate_dir.join("src/generated").join(GENERATED);
+    if env::var_os("KM_UPDATE").is_some_and(|value| value == "1") {
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "writes into this repository, not into a host"
+        )]
+        fs::write(&path, &want).expect("src/generated is writable");
+        return;
+    }
+    let have = fs::read_to_string(&path).unwrap_or_default();
+    assert!(
+        have == want,
+        "{} is not what proto/{PROTO} gives; run: KM_UPDATE=1 cargo test -p km-cri --test generated",
+        path.display()
+    );
+}
