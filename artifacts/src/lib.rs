@@ -8,4 +8,7 @@
     )
 )]
 
+pub mod digest;
+pub mod reference;
+pub mod registry;
 pub mod unpack;
