@@ -1,7 +1,8 @@
 //! Why an artifact was not pulled, stored, activated or published.
 //!
-//! A caller maps an error to an exit code by three questions: was it the content ([`Error::is_verification`]), the registry
-//! ([`Error::is_registry`]), or something to decide by a person first ([`Error::is_refused`])? What is left is the host.
+//! A caller maps an error to an exit code by asking: was it the content ([`Error::is_verification`]), the registry
+//! ([`Error::is_registry`]), the user's settings ([`Error::is_configuration`]), or has a person to decide first
+//! ([`Error::is_refused`])? What is left is the host.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -49,6 +50,16 @@ pub enum Error {
         expected: Digest,
         /// Computed here.
         got: Digest,
+    },
+    /// Content that is longer or shorter than announced; longer is not read to its end.
+    #[error("{got} bytes came for {} where {expected} were announced; nothing of it was kept", path.display())]
+    Size {
+        /// The temporary file.
+        path: PathBuf,
+        /// Bytes announced by the manifest or the archive.
+        expected: u64,
+        /// Bytes that came.
+        got: u64,
     },
     /// The manifest cannot be used as an artifact.
     #[error("manifest {manifest} is not usable: {problem}")]
@@ -160,6 +171,7 @@ impl Error {
     pub fn is_verification(&self) -> bool {
         match self {
             Error::Digest { .. }
+            | Error::Size { .. }
             | Error::Manifest { .. }
             | Error::Hostile { .. }
             | Error::Archive { .. } => true,
@@ -170,7 +182,21 @@ impl Error {
 
     /// Whether the registry or the network is to blame.
     pub fn is_registry(&self) -> bool {
-        matches!(self, Error::Registry(_)) && !self.is_verification()
+        match self {
+            Error::Registry(error) => {
+                !(error.is_verification() || error.is_local() || error.is_configuration())
+            }
+            _ => false,
+        }
+    }
+
+    /// Whether the user's settings are to blame.
+    pub fn is_configuration(&self) -> bool {
+        match self {
+            Error::Registry(error) => error.is_configuration(),
+            Error::ClassName { .. } | Error::Publish { .. } => true,
+            _ => false,
+        }
     }
 
     /// Whether a person has to decide first.

@@ -112,6 +112,9 @@ pub struct DerivedFile {
 pub struct GenerationMeta {
     /// The reference as the user wrote it.
     pub reference: String,
+    /// The digest that the reference had: of the index if there is one, else of the manifest. What a registry answers to
+    /// "has it changed?" is compared with it.
+    pub source: Digest,
     /// Digest of everything that the derived files were made from.
     pub inputs: Digest,
 }
@@ -151,6 +154,8 @@ pub struct GenerationManifest {
     pub created: String,
     /// The reference as the user wrote it.
     pub reference: String,
+    /// See [`GenerationMeta::source`].
+    pub source: Digest,
     /// Digest of the artifact's manifest.
     pub manifest: Digest,
     /// The artifact's type.

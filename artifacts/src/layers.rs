@@ -38,11 +38,12 @@ pub(crate) enum Role {
 /// A layer with its role.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Part {
+    /// What people know it by: its title, or its digest.
+    pub(crate) name: String,
     pub(crate) digest: Digest,
     pub(crate) size: u64,
     pub(crate) media_type: String,
     pub(crate) role: Role,
-    pub(crate) descriptor: Descriptor,
 }
 
 /// Parses a manifest.
@@ -68,12 +69,13 @@ pub(crate) fn parts(manifest: &ImageManifest) -> Result<Vec<Part>, PartError> {
         let Some(role) = role(descriptor)? else {
             continue;
         };
+        let digest = digest(descriptor)?;
         parts.push(Part {
-            digest: digest(descriptor)?,
+            name: annotation(descriptor, TITLE).map_or_else(|| digest.to_string(), str::to_owned),
+            digest,
             size: descriptor.size(),
             media_type: descriptor.media_type().to_string(),
             role,
-            descriptor: descriptor.clone(),
         });
     }
     if parts.is_empty() {
@@ -98,18 +100,20 @@ pub(crate) fn digest(descriptor: &Descriptor) -> Result<Digest, PartError> {
         .map_err(|error| PartError::Unusable(format!("digest {text:?}: {error}")))
 }
 
+fn annotation<'a>(descriptor: &'a Descriptor, key: &str) -> Option<&'a str> {
+    let all = descriptor.annotations().as_ref()?;
+    all.get(key).map(String::as_str)
+}
+
 fn role(descriptor: &Descriptor) -> Result<Option<Role>, PartError> {
-    let annotation = |key: &str| {
-        descriptor
-            .annotations()
-            .as_ref()
-            .and_then(|all| all.get(key))
-            .map(String::as_str)
-    };
     let media_type = descriptor.media_type().to_string();
-    let title = annotation(TITLE);
-    if let Some(format) = archive_format(&media_type, title, annotation(UNPACK) == Some("true")) {
-        let content = annotation(CONTENT_DIGEST)
+    let title = annotation(descriptor, TITLE);
+    if let Some(format) = archive_format(
+        &media_type,
+        title,
+        annotation(descriptor, UNPACK) == Some("true"),
+    ) {
+        let content = annotation(descriptor, CONTENT_DIGEST)
             .map(|text| {
                 text.parse().map_err(|error| {
                     PartError::Unusable(format!("annotation {CONTENT_DIGEST} {text:?}: {error}"))

@@ -1,4 +1,21 @@
 //! Fetches OCI artifacts, verifies them, stores them by content and activates them by one rename.
+//!
+//! A class (a Kata runtime class, but nothing here knows that) has one artifact: kernel, image, configuration. What this
+//! crate promises about it: nothing is seen under a final name that was not verified; what is live is always whole; a
+//! switch, forwards or back, is one rename; what a running guest uses stays.
+//!
+//! The flow, each step on its own and observable on disk:
+//!
+//! 1. [`registry`] resolves a [`reference`] to a manifest and streams blobs, verified by their [`digest`].
+//! 2. [`pull()`] brings what lacks into the [`Store`]: to temporary files, through [`unpack`] for archives, then by rename
+//!    to final names. The result is an [`Artifact`].
+//! 3. [`Store::create_generation`] makes an immutable folder of it, with files derived for this node.
+//! 4. [`Store::activate`] points the class there.
+//! 5. [`Store::check`] compares with what was written down; [`Store::remove_unreferenced`] and its siblings clean up.
+//!
+//! [`publish()`] goes the other way: a folder becomes an artifact in a registry.
+//!
+//! It must not know of containerd, Kata's configuration, Kubernetes or the command line.
 
 #![cfg_attr(
     test,
@@ -9,6 +26,24 @@
 )]
 
 pub mod digest;
+mod error;
+mod generation;
+mod layers;
+mod progress;
+mod publish;
+mod pull;
 pub mod reference;
 pub mod registry;
+mod store;
 pub mod unpack;
+
+pub use error::{Error, Result};
+pub use generation::{
+    Activation, Artifact, ArtifactFile, ArtifactLink, Damage, DerivedFile, Generation,
+    GenerationManifest, GenerationMeta, Layer, Problem, Removed, Stamp, StoredDerived, StoredFile,
+};
+pub use progress::{Item, Progress, Silent};
+pub use publish::{ARTIFACT_TYPE, Options as PublishOptions, Published, PublishedFile, publish};
+pub use pull::pull;
+pub use store::{Store, check_class};
+pub use unpack::Limits;

@@ -10,7 +10,7 @@ use km_host::{Error as HostError, atomic};
 
 use super::generations::stamp_of;
 use super::{Store, look, names};
-use crate::digest::{Digest, Hasher};
+use crate::digest::{Algorithm, Digest, Hasher};
 use crate::error::Result;
 use crate::generation::{
     ArtifactFile, ArtifactLink, Damage, FILE_MODE, Generation, Problem, Stamp,
@@ -88,7 +88,7 @@ impl Store {
             for path in [self.file_path(file), self.blob_path(&file.digest)] {
                 let size = look(&path)?.map(|meta| meta.len());
                 let Some(size) = size else { continue };
-                if size != file.size || hash_file(&path)? != file.digest {
+                if size != file.size || hash_file(&path, file.digest.algorithm())? != file.digest {
                     atomic::remove_file(&path)?;
                 }
             }
@@ -113,7 +113,7 @@ fn file_problem(path: &Path, expected: &Expected<'_>, deep: bool) -> Result<Opti
         }));
     }
     if deep || stamp_of(&meta) != expected.stamp {
-        let got = hash_file(path)?;
+        let got = hash_file(path, expected.digest.algorithm())?;
         if got != *expected.digest {
             return Ok(Some(Problem::Content {
                 expected: expected.digest.clone(),
@@ -184,9 +184,9 @@ fn unexpected(generation: &Generation, damages: &mut Vec<Damage>) -> Result<()> 
 }
 
 /// Hashes a file's content.
-pub(crate) fn hash_file(path: &Path) -> Result<Digest> {
+pub(crate) fn hash_file(path: &Path, algorithm: Algorithm) -> Result<Digest> {
     let mut file = File::open(path).map_err(HostError::io("open", path))?;
-    let mut hasher = Hasher::new();
+    let mut hasher = Hasher::with(algorithm);
     let mut buffer = vec![0; READ_BUFFER];
     loop {
         match file.read(&mut buffer) {

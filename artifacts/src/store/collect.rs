@@ -2,23 +2,22 @@
 
 use std::collections::BTreeSet;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use km_host::atomic;
 
 use super::{Store, check_class, look, names};
-use crate::digest::Digest;
+use crate::digest::{Algorithm, Digest};
 use crate::error::{Error, Result};
 use crate::generation::{GenerationManifest, Removed};
 use crate::layers::parse;
 
-/// File names below `.store` that are needed.
+/// What the generations need.
 #[derive(Default)]
 struct Needed {
     manifests: BTreeSet<Digest>,
-    blobs: BTreeSet<String>,
-    contents: BTreeSet<String>,
-    records: BTreeSet<String>,
+    /// Blobs, contents and records.
+    paths: BTreeSet<PathBuf>,
 }
 
 impl Store {
@@ -55,14 +54,15 @@ impl Store {
             self.keep_manifests(&needed.manifests)?;
         }
         let mut removed = Removed::default();
-        let blobs = self.oci_dir().join("blobs/sha256");
-        keep(&blobs, &needed.blobs, &mut removed)?;
-        keep(
-            &self.under("unpacked/sha256"),
-            &needed.records,
-            &mut removed,
-        )?;
-        keep(&self.under("files/sha256"), &needed.contents, &mut removed)?;
+        for algorithm in [Algorithm::Sha256, Algorithm::Sha512] {
+            for dir in [
+                self.blobs_dir(algorithm),
+                self.records_dir(algorithm),
+                self.files_dir(algorithm),
+            ] {
+                keep(&dir, &needed.paths, &mut removed)?;
+            }
+        }
         Ok(removed)
     }
 
@@ -114,42 +114,36 @@ impl Store {
 
     fn add_needed(&self, manifest: &GenerationManifest, needed: &mut Needed) -> Result<()> {
         needed.manifests.insert(manifest.manifest.clone());
-        needed.blobs.insert(manifest.manifest.hex().to_owned());
+        needed.paths.insert(self.blob_path(&manifest.manifest));
         if let Some(bytes) = self.manifest_bytes(&manifest.manifest)?
             && let Ok(parsed) = parse(&bytes)
             && let Ok(config) = crate::layers::digest(parsed.config())
         {
-            needed.blobs.insert(config.hex().to_owned());
+            needed.paths.insert(self.blob_path(&config));
         }
         for layer in &manifest.layers {
-            if layer.unpacked {
-                needed
-                    .records
-                    .insert(format!("{}.json", layer.digest.hex()));
+            needed.paths.insert(if layer.unpacked {
+                self.record_path(&layer.digest)
             } else {
-                needed.blobs.insert(layer.digest.hex().to_owned());
-            }
+                self.blob_path(&layer.digest)
+            });
         }
         let files = manifest.files.iter().map(|stored| &stored.file);
-        for file in files.chain(&manifest.replaced) {
-            if let Some(name) = self
-                .file_path(file)
-                .file_name()
-                .and_then(|name| name.to_str())
-            {
-                needed.contents.insert(name.to_owned());
-            }
-        }
+        needed.paths.extend(
+            files
+                .chain(&manifest.replaced)
+                .map(|file| self.file_path(file)),
+        );
         Ok(())
     }
 }
 
-fn keep(dir: &Path, needed: &BTreeSet<String>, removed: &mut Removed) -> Result<()> {
+fn keep(dir: &Path, needed: &BTreeSet<PathBuf>, removed: &mut Removed) -> Result<()> {
     for name in names(dir)? {
-        if needed.contains(&name) {
+        let path = dir.join(name);
+        if needed.contains(&path) {
             continue;
         }
-        let path = dir.join(name);
         let Some(meta) = look(&path)? else { continue };
         atomic::remove_file(&path)?;
         removed.files += 1;

@@ -37,11 +37,17 @@ impl Store {
         let Some(bytes) = self.manifest_bytes(manifest)? else {
             return Ok(None);
         };
+        self.assemble(manifest, &bytes)
+    }
+
+    /// The artifact that a manifest's bytes describe, when all its layers are here; whether the manifest itself is does not
+    /// matter.
+    pub(crate) fn assemble(&self, manifest: &Digest, bytes: &[u8]) -> Result<Option<Artifact>> {
         let usable = |problem| Error::Manifest {
             manifest: manifest.clone(),
             problem,
         };
-        let parsed = parse(&bytes).map_err(usable)?;
+        let parsed = parse(bytes).map_err(usable)?;
         let config =
             crate::layers::digest(parsed.config()).map_err(|error| part_error(manifest, error))?;
         if !self.has_blob(&config, parsed.config().size())? {
@@ -153,7 +159,7 @@ impl Store {
         let Some(bytes) = read(&path)? else {
             return Ok(None);
         };
-        if Digest::of(&bytes) == *manifest {
+        if Digest::with(manifest.algorithm(), &bytes) == *manifest {
             return Ok(Some(bytes));
         }
         tracing::warn!(path = %path.display(), "manifest does not match its digest; it will be fetched again");

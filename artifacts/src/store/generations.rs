@@ -126,6 +126,7 @@ impl Store {
                     number,
                     created: rfc3339(SystemTime::now()),
                     reference: meta.reference,
+                    source: meta.source,
                     manifest: artifact.manifest.clone(),
                     artifact_type: artifact.artifact_type.clone(),
                     inputs: meta.inputs,

@@ -36,10 +36,11 @@ use std::time::Duration;
 use km_host::lock::{Lock, LockError};
 use km_host::{Error as HostError, atomic};
 
-use crate::digest::Digest;
+use crate::digest::{Algorithm, Digest};
 use crate::error::{Error, Result};
 
-pub(crate) use complete::Record;
+pub(crate) use check::hash_file;
+pub(crate) use complete::{Record, part_error};
 pub(crate) use oci::NamedManifest;
 pub(crate) use sink::{FileSink, check_space};
 pub(crate) use temp::TempFile;
@@ -90,9 +91,9 @@ impl Store {
         let mut made = Vec::new();
         for dir in [
             self.state_dir(),
-            self.oci_dir().join("blobs/sha256"),
-            self.under("files/sha256"),
-            self.under("unpacked/sha256"),
+            self.blobs_dir(Algorithm::Sha256),
+            self.files_dir(Algorithm::Sha256),
+            self.records_dir(Algorithm::Sha256),
             self.under("generations"),
             self.under("tmp"),
         ] {
@@ -154,18 +155,30 @@ impl Store {
         self.under("oci")
     }
 
+    fn blobs_dir(&self, algorithm: Algorithm) -> PathBuf {
+        self.oci_dir().join("blobs").join(algorithm.as_str())
+    }
+
+    fn files_dir(&self, algorithm: Algorithm) -> PathBuf {
+        self.under("files").join(algorithm.as_str())
+    }
+
+    fn records_dir(&self, algorithm: Algorithm) -> PathBuf {
+        self.under("unpacked").join(algorithm.as_str())
+    }
+
     pub(crate) fn blob_path(&self, digest: &Digest) -> PathBuf {
-        self.oci_dir().join("blobs/sha256").join(digest.hex())
+        self.blobs_dir(digest.algorithm()).join(digest.hex())
     }
 
     pub(crate) fn content_path(&self, digest: &Digest, executable: bool) -> PathBuf {
         let suffix = if executable { ".x" } else { "" };
-        self.under("files/sha256")
+        self.files_dir(digest.algorithm())
             .join(format!("{}{suffix}", digest.hex()))
     }
 
     fn record_path(&self, layer: &Digest) -> PathBuf {
-        self.under("unpacked/sha256")
+        self.records_dir(layer.algorithm())
             .join(format!("{}.json", layer.hex()))
     }
 }
@@ -191,6 +204,16 @@ pub fn check_class(name: &str) -> Result<()> {
             name: name.to_owned(),
         })
     }
+}
+
+/// Runs disk-bound work off the async workers.
+pub(crate) async fn blocking<T: Send + 'static>(
+    what: &'static str,
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|source| Error::Worker { what, source })?
 }
 
 /// The entries of a folder by name, sorted; none when it is absent.

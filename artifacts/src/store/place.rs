@@ -7,7 +7,7 @@ use std::path::Path;
 
 use km_host::{Error as HostError, atomic};
 
-use super::{Store, look};
+use super::{DIR_MODE, Store, look};
 use crate::digest::Digest;
 use crate::error::Result;
 use crate::generation::{EXECUTABLE_MODE, FILE_MODE};
@@ -54,9 +54,15 @@ impl Store {
         }
     }
 
+    /// Drops a blob whose content is kept otherwise.
+    pub(crate) fn drop_blob(&self, digest: &Digest) -> Result<()> {
+        Ok(atomic::remove_file(&self.blob_path(digest))?)
+    }
+
     /// Gives `from` a second name, replacing what is there. Where the file system has no hard links, or no more of them
     /// for this file, it is copied; copy_file_range(2) makes that a reflink where there are such.
     pub(super) fn link_as(&self, from: &Path, to: &Path) -> Result<()> {
+        make_folder_of(to)?;
         let staged = self.temp_path("link")?;
         link_or_copy(from, &staged)?;
         atomic::rename(&staged, to)?;
@@ -75,6 +81,7 @@ impl Store {
     }
 
     fn place(&self, from: &Path, to: &Path, mode: u32) -> Result<()> {
+        make_folder_of(to)?;
         let file = fs::File::open(from).map_err(HostError::io("open", from))?;
         file.set_permissions(fs::Permissions::from_mode(mode))
             .map_err(HostError::io("set mode of", from))?;
@@ -99,6 +106,14 @@ pub(super) fn link_or_copy(from: &Path, to: &Path) -> Result<()> {
     fs::copy(from, to).map_err(HostError::io("copy to", to))?;
     let copy = fs::File::open(to).map_err(HostError::io("open", to))?;
     Ok(copy.sync_all().map_err(HostError::io("sync", to))?)
+}
+
+/// The folder of an algorithm that is rarely seen is made when it is needed.
+fn make_folder_of(path: &Path) -> Result<()> {
+    if let Some(folder) = path.parent() {
+        atomic::create_dir_all(folder, DIR_MODE)?;
+    }
+    Ok(())
 }
 
 fn has(path: &Path, size: u64) -> Result<bool> {

@@ -57,10 +57,7 @@ impl FileSink {
     pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<()> {
         self.written += bytes.len() as u64;
         if self.written > self.size {
-            return Err(self.error(io::Error::other(format!(
-                "more than the announced {} bytes",
-                self.size
-            ))));
+            return Err(self.wrong_size());
         }
         if self.buffer.len() + bytes.len() > BUFFER {
             self.flush()?;
@@ -89,11 +86,18 @@ impl FileSink {
     pub(crate) fn finish(mut self) -> Result<TempFile> {
         self.flush()?;
         if self.written != self.size {
-            let short = format!("{} bytes of {} came", self.written, self.size);
-            return Err(self.error(io::Error::new(io::ErrorKind::UnexpectedEof, short)));
+            return Err(self.wrong_size());
         }
         give_buffer(std::mem::take(&mut self.buffer));
         Ok(self.temp)
+    }
+
+    fn wrong_size(&self) -> Error {
+        Error::Size {
+            path: self.temp.path().to_owned(),
+            expected: self.size,
+            got: self.written,
+        }
     }
 
     fn flush(&mut self) -> Result<()> {

@@ -90,7 +90,7 @@ impl Store {
             pending: Vec::new(),
             seen: HashSet::new(),
         };
-        let mut hasher = Hasher::new();
+        let mut hasher = content.map_or_else(Hasher::new, Hasher::like);
         let unpacked = unpack(blob, format, limits, &mut output, &mut |bytes| {
             hasher.update(bytes);
         })

@@ -128,6 +128,7 @@ impl Fixture {
 pub(super) fn meta() -> GenerationMeta {
     GenerationMeta {
         reference: "registry.example/guest:1".to_owned(),
+        source: Digest::of(b"index"),
         inputs: Digest::of(b"inputs"),
     }
 }

@@ -1,0 +1,308 @@
+//! Brings an artifact into the store: what lacks is fetched, verified, unpacked, and only then given its final name.
+//!
+//! Order: layers and configuration first (each complete and verified by itself), then a check of all layers together, then
+//! the manifest, by which the artifact becomes complete. So a killed or failed pull leaves verified parts that the next one
+//! need not fetch, and never an artifact.
+//!
+//! It must not know of classes and generations.
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::io;
+
+use futures_util::stream::{self, TryStreamExt};
+
+use crate::digest::Digest;
+use crate::error::{Error, Result};
+use crate::generation::Artifact;
+use crate::layers::{self, Part, Role};
+use crate::progress::{Item, Progress};
+use crate::reference::Reference;
+use crate::registry::{self, BlobSink, Client, Resolved};
+use crate::store::{FileSink, NamedManifest, Store, blocking, check_space, part_error};
+use crate::unpack::{Format, Limits};
+
+/// Layers fetched at the same time.
+const CONCURRENT: usize = 3;
+
+/// A blob that lacks, or that is here and still packed.
+#[derive(Clone, Debug)]
+struct Job {
+    item: usize,
+    name: String,
+    digest: Digest,
+    size: u64,
+    fetch: bool,
+    /// Its blob is a file of the artifact, too.
+    raw: bool,
+    archive: Option<(Format, Option<Digest>)>,
+}
+
+/// Fetches what the store lacks of a resolved artifact, and returns it complete. Blobs that are here are not fetched. The
+/// store must be initialised and its lock held.
+///
+/// # Errors
+/// [`Error::DiskFull`] before the first byte when there is no room; the registry's errors; content that does not verify
+/// ([`Error::is_verification`]); the disk's errors. Nothing of what failed is under a final name then; what was verified
+/// before stays, and the next pull need not fetch it.
+pub async fn pull(
+    store: &Store,
+    client: &Client,
+    reference: &Reference,
+    resolved: &Resolved,
+    limits: &Limits,
+    progress: &dyn Progress,
+) -> Result<Artifact> {
+    let name = reference.to_string();
+    let root = Root {
+        reference: &name,
+        digest: &resolved.manifest.digest,
+        media_type: &resolved.manifest.media_type,
+        bytes: &resolved.manifest.bytes,
+    };
+    pull_from(
+        store,
+        &Registry { client, reference },
+        root,
+        limits,
+        progress,
+    )
+    .await
+}
+
+/// Where blobs come from. The registry is one; memory in a test is another.
+pub(crate) trait Blobs: Sync {
+    /// Streams a blob into the download. When this returns `Ok`, the bytes are what the digest says.
+    fn fetch(
+        &self,
+        digest: &Digest,
+        size: u64,
+        into: &mut Download<'_>,
+    ) -> impl Future<Output = Result<()>> + Send;
+}
+
+struct Registry<'a> {
+    client: &'a Client,
+    reference: &'a Reference,
+}
+
+impl Blobs for Registry<'_> {
+    async fn fetch(&self, digest: &Digest, size: u64, into: &mut Download<'_>) -> Result<()> {
+        let fetched = self
+            .client
+            .fetch_blob(self.reference, digest, size, into)
+            .await;
+        fetched.map_err(|error| match error {
+            // Our own error, which went through the client as an I/O error.
+            registry::Error::Sink { what, source } => match source.downcast::<Error>() {
+                Ok(ours) => ours,
+                Err(source) => registry::Error::Sink { what, source }.into(),
+            },
+            other => other.into(),
+        })
+    }
+}
+
+/// A manifest that a reference was resolved to; its digest is verified.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Root<'a> {
+    pub(crate) reference: &'a str,
+    pub(crate) digest: &'a Digest,
+    pub(crate) media_type: &'a str,
+    pub(crate) bytes: &'a [u8],
+}
+
+/// See [`pull`], which is this with a registry.
+pub(crate) async fn pull_from(
+    store: &Store,
+    blobs: &impl Blobs,
+    root: Root<'_>,
+    limits: &Limits,
+    progress: &dyn Progress,
+) -> Result<Artifact> {
+    let jobs = jobs(store, root.digest, root.bytes)?;
+    let items: Vec<_> = jobs
+        .iter()
+        .filter(|job| job.fetch)
+        .map(|job| Item {
+            name: job.name.clone(),
+            bytes: job.size,
+        })
+        .collect();
+    let needed = items.iter().map(|item| item.bytes).sum();
+    if needed > 0 {
+        check_space(store.dir(), needed)?;
+    }
+    progress.begin(&items);
+    stream::iter(jobs.into_iter().map(Ok))
+        .try_for_each_concurrent(CONCURRENT, |job| bring(store, blobs, job, limits, progress))
+        .await?;
+    finish(store, root)
+}
+
+/// Gives the artifact its manifest, by which it is complete.
+fn finish(store: &Store, root: Root<'_>) -> Result<Artifact> {
+    let Some(artifact) = store.assemble(root.digest, root.bytes)? else {
+        return Err(Error::Damaged {
+            path: store.store_dir(),
+            problem:
+                "a layer vanished while it was pulled; is another program at work there? Pull again"
+                    .to_owned(),
+        });
+    };
+    if !store.has_blob(root.digest, root.bytes.len() as u64)? {
+        let mut sink = FileSink::create(store, "manifest", root.bytes.len() as u64)?;
+        sink.write(root.bytes)?;
+        store.place_blob(sink.finish()?.path(), root.digest)?;
+    }
+    store.name_manifest(&NamedManifest {
+        reference: root.reference,
+        digest: root.digest,
+        size: root.bytes.len() as u64,
+        media_type: root.media_type,
+        artifact_type: artifact.artifact_type.as_deref(),
+    })?;
+    Ok(artifact)
+}
+
+/// One blob on its way: counted while it is written to a temporary file.
+pub(crate) struct Download<'a> {
+    sink: FileSink,
+    item: usize,
+    progress: &'a dyn Progress,
+}
+
+impl<'a> Download<'a> {
+    fn start(store: &Store, job: &Job, progress: &'a dyn Progress) -> Result<Download<'a>> {
+        Ok(Download {
+            sink: FileSink::create(store, "blob", job.size)?,
+            item: job.item,
+            progress,
+        })
+    }
+}
+
+impl BlobSink for Download<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.sink.write(bytes).map_err(io::Error::other)?;
+        self.progress.advance(self.item, bytes.len() as u64);
+        Ok(())
+    }
+
+    fn restart(&mut self) -> io::Result<()> {
+        self.progress.restart(self.item);
+        self.sink.restart().map_err(io::Error::other)
+    }
+}
+
+/// What is to be done, each digest once.
+fn jobs(store: &Store, manifest: &Digest, bytes: &[u8]) -> Result<Vec<Job>> {
+    let parsed = layers::parse(bytes).map_err(|problem| Error::Manifest {
+        manifest: manifest.clone(),
+        problem,
+    })?;
+    let parts = layers::parts(&parsed).map_err(|error| part_error(manifest, error))?;
+    let config = parsed.config();
+    let digest = layers::digest(config).map_err(|error| part_error(manifest, error))?;
+    let mut jobs: BTreeMap<Digest, Job> = BTreeMap::new();
+    if !store.has_blob(&digest, config.size())? {
+        jobs.insert(
+            digest.clone(),
+            Job::new(digest, config.size(), "config".to_owned()),
+        );
+    }
+    for part in &parts {
+        add_part(store, part, &mut jobs)?;
+    }
+    let mut jobs: Vec<_> = jobs.into_values().collect();
+    // The largest first: it decides when all are done.
+    jobs.sort_by_key(|job| (!job.fetch, std::cmp::Reverse(job.size)));
+    for (item, job) in jobs.iter_mut().enumerate() {
+        job.item = item;
+    }
+    Ok(jobs)
+}
+
+fn add_part(store: &Store, part: &Part, jobs: &mut BTreeMap<Digest, Job>) -> Result<()> {
+    let done = match &part.role {
+        Role::Raw { .. } => store.join_raw(&part.digest, part.size)?,
+        Role::Archive { content, .. } => store.unpacked(&part.digest, content.as_ref())?.is_some(),
+    };
+    if done {
+        return Ok(());
+    }
+    let job = jobs
+        .entry(part.digest.clone())
+        .or_insert_with(|| Job::new(part.digest.clone(), part.size, part.name.clone()));
+    job.fetch = !store.has_blob(&part.digest, part.size)?;
+    match &part.role {
+        Role::Raw { .. } => job.raw = true,
+        Role::Archive { format, content } => job.archive = Some((*format, content.clone())),
+    }
+    Ok(())
+}
+
+impl Job {
+    fn new(digest: Digest, size: u64, name: String) -> Job {
+        Job {
+            item: 0,
+            name,
+            digest,
+            size,
+            fetch: true,
+            raw: false,
+            archive: None,
+        }
+    }
+}
+
+async fn bring(
+    store: &Store,
+    blobs: &impl Blobs,
+    job: Job,
+    limits: &Limits,
+    progress: &dyn Progress,
+) -> Result<()> {
+    let (item, fetch) = (job.item, job.fetch);
+    let mut fetched = None;
+    if fetch {
+        let mut download = Download::start(store, &job, progress)?;
+        blobs.fetch(&job.digest, job.size, &mut download).await?;
+        fetched = Some(download.sink);
+    }
+    let (store, limits) = (store.clone(), limits.clone());
+    blocking("storing a layer", move || {
+        if let Some(sink) = fetched {
+            let temp = sink.finish()?;
+            store.place_blob(temp.path(), &job.digest)?;
+        }
+        settle(&store, &job, &limits)
+    })
+    .await?;
+    if fetch {
+        progress.done(item);
+    }
+    Ok(())
+}
+
+/// Makes of a blob that is in the store what the artifact needs of it.
+fn settle(store: &Store, job: &Job, limits: &Limits) -> Result<()> {
+    if job.raw {
+        store.join_raw(&job.digest, job.size)?;
+    }
+    let Some((format, content)) = &job.archive else {
+        return Ok(());
+    };
+    let unpacked = store.unpack_layer(&job.digest, *format, content.as_ref(), limits);
+    // The blob has done its work, or is of no use; after a full disk it need not be fetched again.
+    let spent = unpacked
+        .as_ref()
+        .map_or_else(Error::is_verification, |_| true);
+    if spent && !job.raw {
+        store.drop_blob(&job.digest)?;
+    }
+    unpacked.map(|_| ())
+}
+
+#[cfg(test)]
+mod tests;
