@@ -12,12 +12,12 @@ use serde::{Deserialize, Serialize};
 use crate::digest::Digest;
 
 /// The format of `.generation.json`; a reader refuses a newer one.
-pub const FORMAT: u32 = 1;
+pub(crate) const FORMAT: u32 = 1;
 
 /// Mode of a file in the store.
-pub const FILE_MODE: u32 = 0o444;
+pub(crate) const FILE_MODE: u32 = 0o444;
 /// Mode of a file that its archive marked executable.
-pub const EXECUTABLE_MODE: u32 = 0o555;
+pub(crate) const EXECUTABLE_MODE: u32 = 0o555;
 
 /// An artifact whose every file is in the store.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -144,7 +144,7 @@ impl Generation {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct GenerationManifest {
-    /// [`FORMAT`].
+    /// Version of this format: 1.
     pub format: u32,
     /// The class.
     pub class: String,

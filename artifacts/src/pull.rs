@@ -9,8 +9,10 @@
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::io;
+use std::sync::Arc;
 
 use futures_util::stream::{self, TryStreamExt};
+use tokio::sync::Semaphore;
 
 use crate::digest::Digest;
 use crate::error::{Error, Result};
@@ -134,9 +136,15 @@ pub(crate) async fn pull_from(
         check_space(store.dir(), needed)?;
     }
     progress.begin(&items);
-    stream::iter(jobs.into_iter().map(Ok))
-        .try_for_each_concurrent(CONCURRENT, |job| bring(store, blobs, job, limits, progress))
-        .await?;
+    let workers = Arc::new(Semaphore::new(CONCURRENT));
+    let brought = stream::iter(jobs.into_iter().map(Ok))
+        .try_for_each_concurrent(CONCURRENT, |job| {
+            bring(store, blobs, job, limits, progress, &workers)
+        })
+        .await;
+    // A worker thread outlives the future that waits for it. None may when the caller gives up the lock.
+    let _idle = workers.acquire_many(CONCURRENT as u32).await;
+    brought?;
     finish(store, root)
 }
 
@@ -262,6 +270,7 @@ async fn bring(
     job: Job,
     limits: &Limits,
     progress: &dyn Progress,
+    workers: &Arc<Semaphore>,
 ) -> Result<()> {
     let (item, fetch) = (job.item, job.fetch);
     let mut fetched = None;
@@ -271,7 +280,10 @@ async fn bring(
         fetched = Some(download.sink);
     }
     let (store, limits) = (store.clone(), limits.clone());
+    // The semaphore is never closed.
+    let worker = Arc::clone(workers).acquire_owned().await.ok();
     blocking("storing a layer", move || {
+        let _until_done = worker;
         if let Some(sink) = fetched {
             let temp = sink.finish()?;
             store.place_blob(temp.path(), &job.digest)?;

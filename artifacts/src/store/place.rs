@@ -1,5 +1,6 @@
 //! Gives complete, synced files their final names.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -7,10 +8,13 @@ use std::path::Path;
 
 use km_host::{Error as HostError, atomic};
 
-use super::{DIR_MODE, Store, look};
+use super::{DIR_MODE, Store, TempFile, look};
 use crate::digest::Digest;
 use crate::error::Result;
 use crate::generation::{EXECUTABLE_MODE, FILE_MODE};
+
+/// Up to so many files are synced each on its own; syncfs(2) would wait for everybody's writes as well.
+const SYNC_ONE_BY_ONE: usize = 32;
 
 impl Store {
     /// Whether a blob of that size is there under its final name.
@@ -41,6 +45,40 @@ impl Store {
             FILE_MODE
         };
         self.place(from, &self.content_path(digest, executable), mode)
+    }
+
+    /// Places many verified temporary files as contents. Many files are synced at once, with syncfs(2), and their folders
+    /// once: a tree of kernel modules has thousands.
+    pub(super) fn place_contents(&self, pending: Vec<(TempFile, Digest, bool)>) -> Result<()> {
+        if pending.len() <= SYNC_ONE_BY_ONE {
+            for (temp, digest, executable) in pending {
+                self.place_content(temp.path(), &digest, executable)?;
+            }
+            return Ok(());
+        }
+        for (temp, _, executable) in &pending {
+            let mode = if *executable {
+                EXECUTABLE_MODE
+            } else {
+                FILE_MODE
+            };
+            fs::set_permissions(temp.path(), fs::Permissions::from_mode(mode))
+                .map_err(HostError::io("set mode of", temp.path()))?;
+        }
+        let store = self.store_dir();
+        let dir = fs::File::open(&store).map_err(HostError::io("open", &store))?;
+        rustix::fs::syncfs(&dir).map_err(HostError::io("sync file system of", &store))?;
+        let mut folders = BTreeSet::new();
+        for (temp, digest, executable) in pending {
+            let to = self.content_path(&digest, executable);
+            make_folder_of(&to)?;
+            fs::rename(temp.path(), &to).map_err(HostError::io("rename to", &to))?;
+            folders.extend(to.parent().map(Path::to_owned));
+        }
+        for folder in folders {
+            atomic::sync_dir(&folder)?;
+        }
+        Ok(())
     }
 
     /// Makes a raw layer's blob and its content one inode, from whichever of the two is there. Returns whether one was.

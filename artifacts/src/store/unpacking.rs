@@ -103,9 +103,7 @@ impl Store {
                 got,
             });
         }
-        for (temp, digest, executable) in output.pending {
-            self.place_content(temp.path(), &digest, executable)?;
-        }
+        self.place_contents(output.pending)?;
         let record = record(layer, got, unpacked);
         self.write_record(&record)?;
         Ok(record)

@@ -101,3 +101,31 @@ fn of_a_refused_layer_nothing_is_kept() {
     );
     no_leftovers(&fixture);
 }
+
+#[test]
+fn many_files_are_placed_as_few_are() {
+    let fixture = Fixture::new();
+    let files: Vec<_> = (0..500)
+        .map(|n| {
+            (
+                format!("modules/{n}.ko"),
+                format!("module {n}").into_bytes(),
+            )
+        })
+        .collect();
+    let entries: Vec<_> = files
+        .iter()
+        .map(|(path, bytes)| (path.as_str(), bytes.as_slice(), 0o644))
+        .collect();
+    let record = unpack(&fixture, &tar(&entries), None).unwrap();
+    assert_eq!(
+        fixture.store.unpacked(&record.layer, None).unwrap(),
+        Some(record)
+    );
+    for (_, bytes) in &files {
+        let path = fixture.store.content_path(&Digest::of(bytes), false);
+        assert_eq!(fs::read(&path).unwrap(), *bytes);
+        assert!(fs::metadata(&path).unwrap().permissions().readonly());
+    }
+    no_leftovers(&fixture);
+}
