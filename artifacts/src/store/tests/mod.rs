@@ -3,6 +3,7 @@
 mod activation;
 mod contents;
 mod invariants;
+mod killed;
 mod unpacked;
 
 use std::fs;
