@@ -6,7 +6,7 @@
 //!
 //! The flow, each step on its own and observable on disk:
 //!
-//! 1. [`registry`] resolves a [`reference`] to a manifest and streams blobs, verified by their [`digest`].
+//! 1. [`registry`] resolves a [`mod@reference`] to a manifest and streams blobs, verified by their [`digest`].
 //! 2. [`pull()`] brings what lacks into the [`Store`]: to temporary files, through [`unpack`] for archives, then by rename
 //!    to final names. The result is an [`Artifact`].
 //! 3. [`Store::create_generation`] makes an immutable folder of it, with files derived for this node.
