@@ -158,10 +158,10 @@ fn remove_cgroups(name: &str) -> bool {
         .chain([PathBuf::from("/sys/fs/cgroup")])
         .map(|path| path.join(name))
         .collect();
-    roots
+    let left = roots
         .iter()
-        .filter(|root| root.exists())
-        .fold(true, |all, root| remove_tree(root) && all)
+        .filter(|root| root.exists() && !remove_tree(root));
+    left.count() == 0
 }
 
 fn remove_tree(folder: &Path) -> bool {

@@ -1,6 +1,8 @@
 //! Restarts over a real message bus, with a stand-in for systemd behind it: courses that a real systemd takes rarely or
 //! not at will. tests/real.rs has those that it does take.
 
+#![allow(clippy::unwrap_used, reason = "a test's harness")]
+
 mod support;
 
 use std::io;
