@@ -338,7 +338,7 @@ impl Client {
     }
 
     /// Runs a command in a container and waits until it ends. containerd kills it after `limit` (whole seconds,
-    /// rounded up).
+    /// rounded up); with zero it never does, and only the wait ends, at the client's own timeout.
     ///
     /// # Errors
     /// See [`Error`]; a command that ends with an error is no error of the call.
