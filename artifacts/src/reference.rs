@@ -276,3 +276,123 @@ impl<'de> Deserialize<'de> for Reference {
         text.parse().map_err(serde::de::Error::custom)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const DIGEST: &str = "sha256:ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+
+    fn parse(text: &str) -> Result<String, ReferenceError> {
+        text.parse::<Reference>()
+            .map(|reference| reference.to_string())
+    }
+
+    #[test]
+    fn names_are_read_as_the_docker_client_reads_them() {
+        let cases = [
+            ("kata", "docker.io/library/kata:latest"),
+            ("team/kata:1", "docker.io/team/kata:1"),
+            ("docker.io/kata", "docker.io/library/kata:latest"),
+            ("index.docker.io/team/kata", "docker.io/team/kata:latest"),
+            ("localhost/kata", "localhost/kata:latest"),
+            ("localhost:5000", "docker.io/library/localhost:5000"),
+            ("localhost:5000/kata", "localhost:5000/kata:latest"),
+            ("Host/kata", "Host/kata:latest"),
+            (
+                "r.example/a/b-c--d__e_f.g:V1.0-x_",
+                "r.example/a/b-c--d__e_f.g:V1.0-x_",
+            ),
+            ("127.0.0.1:5000/a:b", "127.0.0.1:5000/a:b"),
+            ("[fd00::1]:5000/a:b", "[fd00::1]:5000/a:b"),
+            ("[fd00::1]/a", "[fd00::1]/a:latest"),
+        ];
+        for (text, expected) in cases {
+            assert_eq!(parse(text).as_deref(), Ok(expected), "{text}");
+            assert_eq!(parse(expected).as_deref(), Ok(expected), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_digest_needs_no_tag_and_keeps_one() {
+        let pinned = format!("r.example/a@{DIGEST}");
+        assert_eq!(parse(&pinned).as_deref(), Ok(pinned.as_str()));
+        let both: Reference = format!("r.example/a:v1@{DIGEST}").parse().unwrap();
+        assert_eq!(both.tag(), Some("v1"));
+        assert_eq!(
+            both.digest().map(ToString::to_string).as_deref(),
+            Some(DIGEST)
+        );
+        let tagged: Reference = "r.example/a:v1".parse().unwrap();
+        assert_eq!(tagged.with_digest(DIGEST.parse().unwrap()), both);
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        let long = format!("r.example/{}", "a".repeat(256));
+        let huge = "a".repeat(2_000);
+        let tag = format!("a:{}", "t".repeat(129));
+        let cases: [(&str, &str); 23] = [
+            ("", "empty"),
+            (&huge, "longer than"),
+            ("oci://r.example/a", "without \"oci://\""),
+            ("https://r.example/a", "without \"https://\""),
+            ("r.example/A", "repository"),
+            ("r.example/", "repository"),
+            ("r.example//a", "repository"),
+            ("r.example/a/../b", "repository"),
+            ("r.example/a___b", "repository"),
+            ("r.example/-a", "repository"),
+            ("r.example/a.", "repository"),
+            ("r.example/a?x=1", "repository"),
+            ("r.example/a%2e", "repository"),
+            (&long, "repository"),
+            ("r.example/a:", "tag"),
+            ("r.example/a:-x", "tag"),
+            (&tag, "tag"),
+            ("r.example:0/a", "registry"),
+            ("r.example:99999/a", "registry"),
+            ("u@r.example/a", "digest"),
+            ("u:p@r.example/a", "digest"),
+            ("-r.example/a", "registry"),
+            ("[::g]/a", "registry"),
+        ];
+        for (text, expected) in cases {
+            let error = parse(text).unwrap_err().to_string();
+            assert!(error.contains(expected), "{text}: {error}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_an_error_or_comes_back(text in "\\PC{0,80}|[a-zA-Z0-9.:/@\\[\\]_-]{0,80}") {
+            if let Ok(reference) = text.parse::<Reference>() {
+                let shown = reference.to_string();
+                prop_assert_eq!(shown.parse::<Reference>(), Ok(reference));
+            }
+        }
+
+        #[test]
+        fn every_reference_of_the_grammar_comes_back(
+            host in "([a-z0-9]{1,5}\\.[a-z0-9]{1,5}|localhost)(:[1-9][0-9]{0,3})?",
+            path in "[a-z0-9]{1,4}((\\.|_|__|-{1,3})[a-z0-9]{1,4}){0,2}(/[a-z0-9]{1,4}){0,2}",
+            tag in proptest::option::of("[a-zA-Z0-9_][a-zA-Z0-9_.-]{0,20}"),
+            content in proptest::option::of(any::<[u8; 4]>()),
+        ) {
+            let mut text = format!("{host}/{path}");
+            if let Some(tag) = &tag {
+                text += &format!(":{tag}");
+            }
+            if let Some(content) = content {
+                text += &format!("@{}", Digest::of(&content));
+            }
+            let reference: Reference = text.parse().unwrap();
+            prop_assert_eq!(reference.registry(), host);
+            prop_assert_eq!(reference.repository(), path);
+            let default = (tag.is_none() && content.is_none()).then(|| "latest".to_owned());
+            let expected = tag.or(default);
+            prop_assert_eq!(reference.tag(), expected.as_deref());
+        }
+    }
+}
