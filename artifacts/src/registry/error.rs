@@ -98,7 +98,19 @@ pub enum Error {
         /// From its `Retry-After`.
         after: Duration,
     },
-    /// The body ended early, on every try.
+    /// The connection broke in the middle of an answer, on every try.
+    #[error("the connection to {host} broke after {got} bytes of {what}; try again")]
+    Broken {
+        /// Host and port.
+        host: String,
+        /// Which content.
+        what: String,
+        /// Bytes that came.
+        got: u64,
+        /// What the connection said.
+        source: reqwest::Error,
+    },
+    /// A blob ended early, on every try.
     #[error(
         "{what} from {host} ended after {got} of {expected} bytes; the connection or the registry is broken, try again"
     )]

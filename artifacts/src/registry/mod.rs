@@ -11,43 +11,38 @@
 //!
 //! It must not know of stores, classes or configuration files.
 
+mod answer;
+mod authorize;
+mod blob;
+mod challenge;
+mod credentials;
 mod error;
+mod manifest;
+mod options;
+mod platform;
+mod push;
+mod retry;
+mod transport;
 
-use std::fmt;
+#[cfg(test)]
+mod tests;
+
 use std::io;
 use std::path::Path;
-use std::time::Duration;
 
 use oci_spec::image::ImageManifest;
 
 use crate::digest::Digest;
 use crate::reference::Reference;
+use authorize::{Access, Session};
 
+pub use credentials::{Credentials, CredentialsError};
 pub use error::Error;
+pub use options::ClientOptions;
+pub use platform::Platform;
 
 /// What this module's functions return.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
-
-/// What an image is built for, in the words of the OCI image specification (config.md, after Go's GOOS and GOARCH).
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Platform {
-    /// Operating system.
-    pub os: String,
-    /// Processor architecture.
-    pub architecture: String,
-    /// Variant of the architecture, such as `v8`.
-    pub variant: Option<String>,
-}
-
-impl fmt::Display for Platform {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.os, self.architecture)?;
-        if let Some(variant) = &self.variant {
-            write!(f, "/{variant}")?;
-        }
-        Ok(())
-    }
-}
 
 /// A manifest as the registry gave it, verified against its digest.
 #[derive(Clone, Debug)]
@@ -97,70 +92,95 @@ pub enum BlobSource<'a> {
     File(&'a Path),
 }
 
-/// How to talk to registries.
-#[derive(Clone, Debug)]
-pub struct ClientOptions {
-    /// Certificates in PEM that are trusted besides the system's.
-    pub ca_pem: Option<Vec<u8>>,
-    /// How long a connection may take.
-    pub connect_timeout: Duration,
-}
-
-/// A client for any number of registries. Cheap to share by reference.
+/// A client for any number of registries. It is made once and shared by reference: it keeps connections and tokens.
+///
+/// Every function retries what is worth it (`ClientOptions::tries`), waits no longer than the options say for a sign of life,
+/// and names host and reference in its errors. Futures may be dropped at any time.
 #[derive(Debug)]
-pub struct Client {}
+pub struct Client(Session);
 
 impl Client {
     /// Makes a client; no request is sent.
-    pub fn new(_options: ClientOptions) -> Result<Client> {
-        todo!()
+    ///
+    /// # Errors
+    /// [`Error::Ca`] when the certificates in the options cannot be used.
+    pub fn new(options: ClientOptions) -> Result<Client> {
+        Session::new(options).map(Client)
     }
 
-    /// The digest that a reference has now.
-    pub async fn digest(&self, _reference: &Reference) -> Result<Digest> {
-        todo!()
+    /// The digest that a reference has now: one request when the registry knows us by name and password, or not at all; two
+    /// more for the first token. A reference with a digest costs none. It is the registry's word, not verified.
+    ///
+    /// # Errors
+    /// The registry's and the network's.
+    pub async fn digest(&self, reference: &Reference) -> Result<Digest> {
+        self.0.digest(reference).await
     }
 
-    /// The manifest of a reference.
-    pub async fn resolve(&self, _reference: &Reference, _platform: &Platform) -> Result<Resolved> {
-        todo!()
+    /// The image manifest of a reference, verified; if the reference names an index, the one for the platform.
+    ///
+    /// # Errors
+    /// The registry's and the network's; [`Error::NoPlatform`]; content that does not verify or is not usable
+    /// ([`Error::is_verification`]).
+    pub async fn resolve(&self, reference: &Reference, platform: &Platform) -> Result<Resolved> {
+        self.0.resolve(reference, platform).await
     }
 
-    /// Streams a blob into `sink`.
+    /// Streams a blob of the reference's repository into `sink`, in order. On success exactly `size` bytes with this digest
+    /// were written since the last [`BlobSink::restart`]; the sink never gets more than `size`. `sink` is called on the task
+    /// that awaits this.
+    ///
+    /// # Errors
+    /// The registry's and the network's; [`Error::DigestMismatch`] and [`Error::TooLarge`]; [`Error::Sink`]. What was
+    /// written is then worthless.
     pub async fn fetch_blob(
         &self,
-        _reference: &Reference,
-        _digest: &Digest,
-        _size: u64,
-        _sink: &mut (dyn BlobSink + Send),
+        reference: &Reference,
+        digest: &Digest,
+        size: u64,
+        sink: &mut (dyn BlobSink + Send),
     ) -> Result<()> {
-        todo!()
+        self.0.fetch_blob(reference, digest, size, sink).await
     }
 
-    /// Whether the repository has a blob.
-    pub async fn has_blob(&self, _reference: &Reference, _digest: &Digest) -> Result<bool> {
-        todo!()
+    /// Whether the reference's repository has a blob, as one asks before [`Client::push_blob`].
+    ///
+    /// # Errors
+    /// The registry's and the network's.
+    pub async fn has_blob(&self, reference: &Reference, digest: &Digest) -> Result<bool> {
+        self.0.has_blob(reference, digest, Access::Push).await
     }
 
-    /// Uploads a blob. `progress` is told the bytes sent so far in this try.
+    /// Uploads a blob of `size` bytes to the reference's repository. `progress` is told now and then how many bytes have
+    /// left in this try; a new try begins at 0. The registry checks the digest.
+    ///
+    /// # Errors
+    /// The registry's and the network's; [`Error::Source`] and [`Error::SourceChanged`].
     pub async fn push_blob(
         &self,
-        _reference: &Reference,
-        _digest: &Digest,
-        _size: u64,
-        _source: BlobSource<'_>,
-        _progress: &(dyn Fn(u64) + Send + Sync),
+        reference: &Reference,
+        digest: &Digest,
+        size: u64,
+        source: BlobSource<'_>,
+        progress: &(dyn Fn(u64) + Send + Sync),
     ) -> Result<()> {
-        todo!()
+        let session = &self.0;
+        session
+            .push_blob(reference, digest, size, source, progress)
+            .await
     }
 
-    /// Uploads a manifest under the reference's tag (or digest) and returns its digest.
+    /// Uploads a manifest under the reference's tag, else under its digest, and returns the digest. Its blobs must be there.
+    ///
+    /// # Errors
+    /// The registry's and the network's; [`Error::DigestMismatch`] when the reference is pinned to another digest, or the
+    /// registry stored something else.
     pub async fn push_manifest(
         &self,
-        _reference: &Reference,
-        _media_type: &str,
-        _bytes: Vec<u8>,
+        reference: &Reference,
+        media_type: &str,
+        bytes: Vec<u8>,
     ) -> Result<Digest> {
-        todo!()
+        self.0.push_manifest(reference, media_type, bytes).await
     }
 }

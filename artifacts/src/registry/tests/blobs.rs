@@ -1,0 +1,282 @@
+//! Blobs: whole, broken, too long, too short, wrong.
+
+use std::sync::LazyLock;
+
+use super::*;
+
+static BLOB: LazyLock<Vec<u8>> =
+    LazyLock::new(|| (0..3_000_000u32).map(|n| (n % 251) as u8).collect());
+
+async fn fetch(server: &Server, digest: &Digest, size: u64) -> (Result<()>, Collect) {
+    let mut sink = Collect::default();
+    let client = Client::new(ClientOptions {
+        read_timeout: Duration::from_millis(500),
+        ..options()
+    });
+    let client = client.unwrap();
+    let result = client
+        .fetch_blob(&reference(server), digest, size, &mut sink)
+        .await;
+    (result, sink)
+}
+
+async fn fetch_blob(server: &Server) -> (Result<()>, Collect) {
+    fetch(server, &Digest::of(&BLOB), BLOB.len() as u64).await
+}
+
+/// Where the request's range begins.
+fn start(seen: &Seen) -> Option<usize> {
+    let range = seen.header("range")?;
+    range
+        .strip_prefix("bytes=")?
+        .strip_suffix('-')?
+        .parse()
+        .ok()
+}
+
+/// The rest of the blob, as a registry with ranges sends it.
+fn rest(start: usize) -> Reply {
+    let range = format!("bytes {start}-{}/{}", BLOB.len() - 1, BLOB.len());
+    Reply::new(206)
+        .header("Content-Range", range)
+        .body(&BLOB[start..])
+}
+
+#[tokio::test]
+async fn a_blob_arrives_whole() {
+    let server = Server::start(|_, _| Reply::ok(&**BLOB)).await;
+    let (result, sink) = fetch_blob(&server).await;
+    result.unwrap();
+    assert!(sink.bytes == *BLOB && sink.restarts == 0);
+    assert_eq!(
+        server.lines(),
+        [format!("GET /v2/team/kata/blobs/{}", Digest::of(&BLOB))]
+    );
+    let seen = &server.seen()[0];
+    assert_eq!(
+        (seen.header("accept-encoding"), seen.header("range")),
+        (Some("identity"), None)
+    );
+    let empty = Server::start(|_, _| Reply::ok("")).await;
+    fetch(&empty, &Digest::of(b""), 0).await.0.unwrap();
+    let sha512 = Digest::with(crate::digest::Algorithm::Sha512, &BLOB);
+    fetch(&server, &sha512, BLOB.len() as u64).await.0.unwrap();
+}
+
+#[tokio::test]
+async fn other_content_is_refused_and_not_fetched_twice() {
+    let server = Server::start(|_, _| Reply::ok(&**BLOB)).await;
+    let (result, _) = fetch(&server, &Digest::of(b"other"), BLOB.len() as u64).await;
+    let error = result.unwrap_err();
+    assert!(
+        matches!(&error, Error::DigestMismatch { got, .. } if *got == Digest::of(&BLOB)),
+        "{error:?}"
+    );
+    assert!(error.is_verification());
+    assert_eq!(server.seen().len(), 1);
+}
+
+#[tokio::test]
+async fn a_broken_connection_is_taken_up_where_it_broke() {
+    let server = Server::start(|seen, _| match start(seen) {
+        None => Reply::ok(&**BLOB).end(End::Cut(1_000_000)),
+        Some(start) => rest(start),
+    })
+    .await;
+    let (result, sink) = fetch_blob(&server).await;
+    result.unwrap();
+    assert!(sink.bytes == *BLOB && sink.restarts == 0);
+    let starts: Vec<_> = server.seen().iter().map(start).collect();
+    assert_eq!(starts, [None, Some(1_000_000)]);
+}
+
+#[tokio::test]
+async fn as_long_as_it_moves_on_a_bad_connection_is_borne() {
+    // More breaks than tries: each piece is larger than what counts as progress.
+    let server = Server::start(|seen, _| match start(seen) {
+        Some(start) if BLOB.len() - start < 1_100_000 => rest(start),
+        Some(start) => rest(start).end(End::Cut(1_100_000)),
+        None => Reply::ok(&**BLOB).end(End::Cut(1_100_000)),
+    })
+    .await;
+    let mut sink = Collect::default();
+    let client = Client::new(ClientOptions {
+        tries: 2,
+        ..options()
+    });
+    let client = client.unwrap();
+    let (digest, size) = (Digest::of(&BLOB), BLOB.len() as u64);
+    client
+        .fetch_blob(&reference(&server), &digest, size, &mut sink)
+        .await
+        .unwrap();
+    assert!(sink.bytes == *BLOB);
+    assert_eq!(server.seen().len(), 3);
+}
+
+#[tokio::test]
+async fn a_registry_without_ranges_is_asked_for_the_whole_again() {
+    let server = Server::start(|_, number| match number {
+        0 => Reply::ok(&**BLOB).end(End::Cut(1_000_000)),
+        _ => Reply::ok(&**BLOB),
+    })
+    .await;
+    let (result, sink) = fetch_blob(&server).await;
+    result.unwrap();
+    assert!(sink.bytes == *BLOB && sink.restarts == 1);
+}
+
+#[tokio::test]
+async fn a_range_that_does_not_fit_is_thrown_away() {
+    let odd: [fn(usize) -> Reply; 4] = [
+        |start| Reply::new(206).body(&BLOB[start..]),
+        |start| {
+            Reply::new(206)
+                .header("Content-Range", "bytes 0-1/2")
+                .body(&BLOB[start..])
+        },
+        |start| {
+            Reply::new(206)
+                .header("Content-Range", "\"")
+                .body(&BLOB[start..])
+        },
+        |_| Reply::new(416),
+    ];
+    for odd in odd {
+        let server = Server::start(move |seen, number| match (start(seen), number) {
+            (None, 0) => Reply::ok(&**BLOB).end(End::Cut(1_000_000)),
+            (Some(start), _) => odd(start),
+            (None, _) => Reply::ok(&**BLOB),
+        })
+        .await;
+        let (result, sink) = fetch_blob(&server).await;
+        result.unwrap();
+        assert!(sink.bytes == *BLOB && sink.restarts == 1);
+        let starts: Vec<_> = server.seen().iter().map(start).collect();
+        assert_eq!(starts, [None, Some(1_000_000), None]);
+    }
+}
+
+#[tokio::test]
+async fn a_range_that_was_not_asked_for_is_not_taken() {
+    let server = Server::start(|_, _| rest(0)).await;
+    let (result, sink) = fetch_blob(&server).await;
+    assert!(matches!(result, Err(Error::Protocol { .. })), "{result:?}");
+    assert_eq!(sink.most, 0);
+}
+
+#[tokio::test]
+async fn pieces_of_different_contents_are_fetched_as_one_whole() {
+    // The first answer is cut and of other content, the second goes on with the right one.
+    let server = Server::start(|seen, number| match (start(seen), number) {
+        (None, 0) => Reply::ok(vec![7; BLOB.len()]).end(End::Cut(1_000_000)),
+        (Some(start), _) => rest(start),
+        _ => Reply::ok(&**BLOB),
+    })
+    .await;
+    let (result, sink) = fetch_blob(&server).await;
+    result.unwrap();
+    assert!(sink.bytes == *BLOB && sink.restarts == 1);
+    assert_eq!(server.seen().len(), 3);
+}
+
+#[tokio::test]
+async fn a_blob_that_always_ends_early_is_told_with_both_lengths() {
+    let server = Server::start(|_, _| Reply::ok(&**BLOB).end(End::Cut(700))).await;
+    let (result, _) = fetch_blob(&server).await;
+    let error = result.unwrap_err();
+    let size = BLOB.len() as u64;
+    assert!(
+        matches!(error, Error::Truncated { got: 700, expected, .. } if expected == size),
+        "{error:?}"
+    );
+    assert!(!error.is_verification());
+    assert_eq!(server.seen().len(), 3);
+}
+
+#[tokio::test]
+async fn a_length_that_is_not_the_blobs_is_seen_before_the_first_byte() {
+    let longer = Server::start(|_, _| Reply::ok([&BLOB[..], b"more"].concat())).await;
+    let (result, sink) = fetch_blob(&longer).await;
+    assert!(matches!(result, Err(Error::TooLarge { .. })), "{result:?}");
+    assert_eq!((sink.most, longer.seen().len()), (0, 1));
+    let shorter = Server::start(|_, _| Reply::ok(&BLOB[..5])).await;
+    let (result, sink) = fetch_blob(&shorter).await;
+    assert!(
+        matches!(result, Err(Error::Truncated { got: 5, .. })),
+        "{result:?}"
+    );
+    assert_eq!((sink.most, shorter.seen().len()), (0, 3));
+}
+
+#[tokio::test]
+async fn an_endless_blob_ends_at_its_size() {
+    let server = Server::start(|_, _| Reply::ok(vec![1; 70_000]).end(End::Endless)).await;
+    let (result, sink) = fetch_blob(&server).await;
+    let error = result.unwrap_err();
+    assert!(
+        matches!(error, Error::TooLarge { .. }) && error.is_verification(),
+        "{error:?}"
+    );
+    assert!(sink.most > 0 && sink.most <= BLOB.len(), "{}", sink.most);
+}
+
+#[tokio::test]
+async fn a_stall_is_noticed_and_taken_up() {
+    let server = Server::start(|seen, _| match start(seen) {
+        None => Reply::ok(&**BLOB).end(End::Stall(2_000_000)),
+        Some(start) => rest(start),
+    })
+    .await;
+    let (result, sink) = fetch_blob(&server).await;
+    result.unwrap();
+    assert!(sink.bytes == *BLOB);
+    assert_eq!(start(&server.seen()[1]), Some(2_000_000));
+}
+
+#[tokio::test]
+async fn a_sink_that_fails_ends_it() {
+    let server = Server::start(|_, _| Reply::ok(&**BLOB)).await;
+    let mut sink = Collect {
+        fails: true,
+        ..Collect::default()
+    };
+    let (digest, size) = (Digest::of(&BLOB), BLOB.len() as u64);
+    let error = client()
+        .fetch_blob(&reference(&server), &digest, size, &mut sink)
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(&error, Error::Sink { source, .. } if source.kind() == io::ErrorKind::StorageFull)
+    );
+    assert!(error.is_local());
+    assert_eq!(server.seen().len(), 1);
+}
+
+#[tokio::test]
+async fn whether_a_blob_is_there() {
+    let server = Server::start(|seen, _| {
+        let there = seen.path.ends_with(Digest::of(b"there").hex());
+        Reply::new(if there { 200 } else { 404 })
+    })
+    .await;
+    let client = client();
+    assert!(
+        client
+            .has_blob(&reference(&server), &Digest::of(b"there"))
+            .await
+            .unwrap()
+    );
+    assert!(
+        !client
+            .has_blob(&reference(&server), &Digest::of(b"gone"))
+            .await
+            .unwrap()
+    );
+    assert!(
+        server
+            .lines()
+            .iter()
+            .all(|line| line.starts_with("HEAD /v2/team/kata/blobs/sha256:"))
+    );
+}
