@@ -273,7 +273,13 @@ impl Serialize for Reference {
 impl<'de> Deserialize<'de> for Reference {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Reference, D::Error> {
         let text = std::borrow::Cow::<'de, str>::deserialize(deserializer)?;
-        text.parse().map_err(serde::de::Error::custom)
+        text.parse().map_err(|error| match error {
+            // A deserializer's error has no causes.
+            ReferenceError::Digest(ref cause) => {
+                serde::de::Error::custom(format!("{error}: {cause}"))
+            }
+            other => serde::de::Error::custom(other),
+        })
     }
 }
 
@@ -326,6 +332,20 @@ mod tests {
         );
         let tagged: Reference = "r.example/a:v1".parse().unwrap();
         assert_eq!(tagged.with_digest(DIGEST.parse().unwrap()), both);
+    }
+
+    #[test]
+    fn json_is_the_text_and_its_errors_are_whole() {
+        let reference: Reference = serde_json::from_str("\"r.example/a\"").unwrap();
+        assert_eq!(
+            serde_json::to_string(&reference).unwrap(),
+            "\"r.example/a:latest\""
+        );
+        let error = serde_json::from_str::<Reference>("\"r.example/a@md5:00\"").unwrap_err();
+        assert!(
+            error.to_string().contains("\"md5\" is not supported"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -276,7 +276,7 @@ impl Session {
         };
         let realm = realm(challenge, target).map_err(|problem| refuse(host, problem))?;
         let token_host = authority(&realm);
-        let action = format!("give a token for {}", target.name());
+        let action = format!("get a token for {}", target.name());
         let ask = self.token_request(target, challenge, &realm, &action);
         // Its own endpoint: no redirect takes the credentials elsewhere.
         let endpoint = Endpoint::at(&realm);

@@ -37,7 +37,7 @@ pub enum Error {
         source: reqwest::Error,
     },
     /// Nothing came for too long.
-    #[error("{host} took longer than {} s to {action}; try again, or raise the timeout if the link is slow", after.as_secs_f32())]
+    #[error("cannot {action}: nothing came from {host} for {} s; try again, and check the network if it happens again", after.as_secs_f32())]
     Timeout {
         /// Host and port.
         host: String,

@@ -63,3 +63,32 @@ impl fmt::Display for Platform {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_variant_counts_only_where_both_name_one() {
+        let wanted = |variant: Option<&str>| Platform {
+            os: "linux".to_owned(),
+            architecture: "arm64".to_owned(),
+            variant: variant.map(str::to_owned),
+        };
+        let there = |json: &str| serde_json::from_str::<image::Platform>(json).unwrap();
+        let v8 = there(r#"{"os":"linux","architecture":"arm64","variant":"v8"}"#);
+        let any = there(r#"{"os":"linux","architecture":"arm64"}"#);
+        let other = there(r#"{"os":"linux","architecture":"arm","variant":"v8"}"#);
+        assert!(wanted(None).takes(&v8) && wanted(Some("v8")).takes(&v8));
+        assert!(wanted(Some("v9")).takes(&any) && !wanted(Some("v9")).takes(&v8));
+        assert!(!wanted(None).takes(&other));
+        assert_eq!(Platform::from(&v8).to_string(), "linux/arm64/v8");
+    }
+
+    #[test]
+    fn this_machine_has_the_names_that_images_use() {
+        let host = Platform::host();
+        assert_eq!(host.os, "linux");
+        assert!(!host.architecture.contains("86_64") && host.architecture != "aarch64");
+    }
+}
