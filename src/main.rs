@@ -1,1 +1,45 @@
-fn main() {}
+//! kata-manager: puts Kata guest artifacts and GPU runtime handlers on a containerd node, and takes them off again.
+//!
+//! This package wires the crates together and owns no mechanism; see ARCHITECTURE.md.
+
+mod cli;
+mod config;
+mod daemon;
+mod execute;
+mod failure;
+mod journal;
+mod node;
+mod observe;
+mod output;
+mod plan;
+mod progress;
+mod remove;
+mod wanted;
+
+use std::ffi::OsString;
+use std::path::Path;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let arguments: Vec<OsString> = std::env::args_os().collect();
+    if arguments
+        .get(1)
+        .is_some_and(|word| word == km_host::command::ENTER_ROOT)
+    {
+        return enter_root(&arguments[2..]);
+    }
+    cli::run(arguments)
+}
+
+/// Host programs in another root are run by a copy of this program; see [`km_host::command::run`].
+fn enter_root(words: &[OsString]) -> ExitCode {
+    let Some((root, argv)) = words.split_first() else {
+        return ExitCode::from(70);
+    };
+    let error = km_host::command::enter_root(Path::new(root), argv);
+    output::to_stderr(&format!(
+        "cannot run a program in {}: {error}",
+        Path::new(root).display()
+    ));
+    ExitCode::from(127)
+}

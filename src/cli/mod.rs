@@ -1,0 +1,173 @@
+//! The command line: global options, one file a subcommand.
+
+mod apply;
+mod artifacts;
+mod config;
+mod plan;
+mod runtimeclasses;
+mod status;
+mod uninstall;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use clap::{CommandFactory as _, Parser, Subcommand};
+
+use crate::failure::{self, Kind};
+use crate::node::Node;
+use crate::output::{self, Format};
+
+/// Puts Kata guest artifacts and GPU runtime handlers on a containerd node, and takes them off again.
+///
+/// Begin with a configuration file (NVIDIA Kata Manager's config.yaml works), see what would change with "plan", and change
+/// it with "apply". "status" tells how the node stands, "uninstall" takes everything off.
+#[derive(Debug, Parser)]
+#[command(name = "kata-manager", version, max_term_width = 100, after_help = EXIT_CODES)]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXIT_CODES: &str = "Exit codes:
+  0 done, or nothing to do   2 plan --exit-code found changes   3 refused (in use, conflict, something is missing)
+  4 configuration or usage   5 registry or network              6 verification (digest, hostile content)
+  7 host (disk, permission)  8 containerd                       70 a bug of kata-manager";
+
+/// Options of every command.
+#[derive(Debug, clap::Args)]
+struct Global {
+    /// The configuration file.
+    #[arg(long, global = true, env = "KATA_MANAGER_CONFIG", value_name = "FILE", default_value = crate::config::DEFAULT_PATH)]
+    config: PathBuf,
+    /// The folder where the host's root is: / on the host, its mount point in a container.
+    #[arg(
+        long,
+        global = true,
+        env = "KATA_MANAGER_HOST_ROOT",
+        value_name = "DIR",
+        default_value = "/"
+    )]
+    host_root: PathBuf,
+    /// How results are printed.
+    #[arg(
+        long,
+        global = true,
+        env = "KATA_MANAGER_OUTPUT",
+        value_enum,
+        default_value_t
+    )]
+    output: Format,
+    /// How long to wait for another kata-manager to finish, in seconds.
+    #[arg(
+        long,
+        global = true,
+        env = "KATA_MANAGER_LOCK_TIMEOUT",
+        value_name = "SECONDS",
+        default_value_t = 60
+    )]
+    lock_timeout: u64,
+}
+
+impl Global {
+    fn node(&self) -> Result<Node> {
+        Node::open(
+            &self.config,
+            &self.host_root,
+            Duration::from_secs(self.lock_timeout),
+        )
+    }
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Show what "apply" would change, and change nothing.
+    Plan(plan::Arguments),
+    /// Make the node as the configuration says.
+    Apply(apply::Arguments),
+    /// Tell how the node stands: classes, generations, handlers.
+    Status,
+    /// Take everything off the node again.
+    Uninstall(uninstall::Arguments),
+    /// Push, pull and list guest artifacts.
+    #[command(subcommand)]
+    Artifacts(artifacts::Command),
+    /// Print Kubernetes RuntimeClass objects.
+    #[command(subcommand)]
+    Runtimeclasses(runtimeclasses::Command),
+    /// Check the configuration file, or print its JSON Schema.
+    #[command(subcommand)]
+    Config(config::Command),
+    /// Print a completion script for a shell.
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Runs the program and gives its exit code.
+pub(crate) fn run(arguments: Vec<OsString>) -> ExitCode {
+    let cli = match Cli::try_parse_from(arguments) {
+        Ok(cli) => cli,
+        Err(error) => {
+            let code = if error.use_stderr() {
+                Kind::Configuration as u8
+            } else {
+                0
+            };
+            // Where neither stream can be written there is nobody to tell.
+            let _ = error.print();
+            return ExitCode::from(code);
+        }
+    };
+    let format = cli.global.output;
+    match runtime().and_then(|runtime| runtime.block_on(dispatch(cli))) {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            output::error(format, &error);
+            ExitCode::from(failure::kind(&error) as u8)
+        }
+    }
+}
+
+/// Two workers: one for each CPU would reserve hundreds of megabytes on a GPU server.
+fn runtime() -> Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("cannot start threads")
+}
+
+async fn dispatch(cli: Cli) -> Result<u8> {
+    let global = &cli.global;
+    match cli.command {
+        Command::Plan(arguments) => return plan::run(global, &arguments).await,
+        Command::Apply(arguments) => apply::run(global, &arguments).await?,
+        Command::Status => status::run(global).await?,
+        Command::Uninstall(arguments) => uninstall::run(global, &arguments).await?,
+        Command::Artifacts(command) => artifacts::run(global, &command).await?,
+        Command::Runtimeclasses(command) => runtimeclasses::run(global, &command)?,
+        Command::Config(command) => config::run(global, &command)?,
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "kata-manager", &mut script);
+            output::to_stdout(&String::from_utf8_lossy(&script))?;
+        }
+    }
+    Ok(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,169 @@
+//! `status`: how the node stands, without asking any registry.
+
+use anyhow::Result;
+use serde::Serialize;
+
+use super::Global;
+use crate::node::Node;
+use crate::observe;
+use crate::output;
+use km_containerd_config::edit::{Document, Owner};
+use km_containerd_config::live::LiveHandlers;
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Status {
+    containerd: Containerd,
+    classes: Vec<Class>,
+    sandboxes: usize,
+    /// The journal says that an earlier run was killed half way.
+    unfinished: bool,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Containerd {
+    config: String,
+    version: Option<String>,
+    problem: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Class {
+    name: String,
+    handler: String,
+    /// `live`, `registered` (in the file, not live), `foreign` (somebody else's) or `absent`.
+    handler_state: &'static str,
+    generation: Option<u64>,
+    reference: Option<String>,
+    manifest: Option<String>,
+    bytes: u64,
+    damaged: Vec<String>,
+    sandboxes: Vec<String>,
+}
+
+pub(super) async fn run(global: &Global) -> Result<()> {
+    let node = global.node()?;
+    let status = look(&node).await?;
+    output::result(global.output, "Status", &status, &text(&status))
+}
+
+async fn look(node: &Node) -> Result<Status> {
+    let asked = ask(node).await;
+    let (version, live, sandboxes) = match &asked {
+        Ok((version, live, sandboxes)) => (Some(version.clone()), Some(live), sandboxes.as_slice()),
+        Err(_) => (None, None, &[][..]),
+    };
+    let file = observe::read(&node.containerd_config()?.0)?.unwrap_or_default();
+    let document = Document::parse(&String::from_utf8_lossy(&file)).ok();
+    let mut classes = Vec::new();
+    for class in &node.config.runtime_classes {
+        let handler = class.handler();
+        let owner = document.as_ref().and_then(|document| {
+            document
+                .handlers()
+                .iter()
+                .find(|found| found.name == handler)
+                .map(|found| found.owner)
+        });
+        let is_live = live.is_some_and(|live| live.0.contains_key(handler));
+        let generation = node.store.live(&class.name).ok().flatten();
+        let damaged = generation
+            .as_ref()
+            .map(|live| node.store.check(live, false))
+            .transpose()?
+            .unwrap_or_default();
+        classes.push(Class {
+            name: class.name.clone(),
+            handler: handler.to_owned(),
+            handler_state: match owner {
+                Some(Owner::Ours) if is_live => "live",
+                Some(Owner::Ours) => "registered",
+                Some(_) => "foreign",
+                None => "absent",
+            },
+            generation: generation.as_ref().map(km_artifacts::Generation::number),
+            reference: generation
+                .as_ref()
+                .map(|live| live.manifest.reference.clone()),
+            manifest: generation
+                .as_ref()
+                .map(|live| live.manifest.manifest.to_string()),
+            bytes: generation.as_ref().map_or(0, |live| {
+                live.manifest.files.iter().map(|file| file.file.size).sum()
+            }),
+            damaged: damaged.iter().map(ToString::to_string).collect(),
+            sandboxes: sandboxes
+                .iter()
+                .filter(|sandbox| sandbox.handler == handler)
+                .map(|sandbox| sandbox.id.clone())
+                .collect(),
+        });
+    }
+    Ok(Status {
+        containerd: Containerd {
+            config: node.config.containerd.config.to_string(),
+            version,
+            problem: asked.as_ref().err().map(|error| format!("{error:#}")),
+        },
+        sandboxes: sandboxes.len(),
+        classes,
+        unfinished: crate::journal::Journal::open(&node.store.state_dir())?
+            .record()
+            .owed
+            .is_some(),
+    })
+}
+
+async fn ask(node: &Node) -> Result<(String, LiveHandlers, Vec<km_cri::Sandbox>)> {
+    let cri = node.daemon()?.cri().await?;
+    let version = cri.version().await?.runtime_version;
+    let live = LiveHandlers::from_cri_config(&cri.status().await?.config);
+    Ok((version, live, cri.sandboxes().await?))
+}
+
+fn text(status: &Status) -> String {
+    let mut out = match (&status.containerd.version, &status.containerd.problem) {
+        (Some(version), _) => format!(
+            "containerd {version}, {} ({} sandboxes)\n\n",
+            status.containerd.config, status.sandboxes
+        ),
+        (None, problem) => format!(
+            "containerd does not answer: {}\n\n",
+            problem.as_deref().unwrap_or_default()
+        ),
+    };
+    out.push_str(&format!(
+        "{:<28} {:<11} {:>10} {:>10}  {}\n",
+        "CLASS", "HANDLER", "GENERATION", "SIZE", "ARTIFACT"
+    ));
+    for class in &status.classes {
+        let generation = class
+            .generation
+            .map_or("-".to_owned(), |number| number.to_string());
+        let artifact = match (&class.reference, &class.manifest) {
+            (Some(reference), Some(manifest)) => {
+                format!("{reference} ({})", &manifest[..manifest.len().min(19)])
+            }
+            _ => "-".to_owned(),
+        };
+        let size = output::bytes(class.bytes);
+        out.push_str(&format!(
+            "{:<28} {:<11} {generation:>10} {size:>10}  {artifact}\n",
+            class.name, class.handler_state
+        ));
+        for damage in &class.damaged {
+            out.push_str(&format!(
+                "  damaged: {damage}; \"kata-manager apply\" makes it again\n"
+            ));
+        }
+        for sandbox in &class.sandboxes {
+            out.push_str(&format!("  in use by sandbox {sandbox}\n"));
+        }
+    }
+    if status.unfinished {
+        out.push_str("\nAn earlier run was killed while it changed containerd: \"kata-manager apply\" finishes it.\n");
+    }
+    out
+}

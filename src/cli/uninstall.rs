@@ -1,0 +1,65 @@
+//! `uninstall`: take everything off the node again.
+
+use anyhow::Result;
+
+use super::Global;
+use crate::execute;
+use crate::journal::Journal;
+use crate::observe;
+use crate::output;
+use crate::remove::{self, Removed};
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Arguments {
+    /// Go on although pods use the handlers.
+    #[arg(long)]
+    force: bool,
+}
+
+pub(super) async fn run(global: &Global, arguments: &Arguments) -> Result<()> {
+    let node = global.node()?;
+    let mut removed = Removed::default();
+    if !remove::anything(&node)? {
+        return output::result(
+            global.output,
+            "Uninstalled",
+            &removed,
+            "Nothing to do: nothing of kata-manager is on this node.\n",
+        );
+    }
+    let made = node.store.init()?;
+    let _lock = node.store.lock(node.lock_wait)?;
+    let mut journal = Journal::open(&node.store.state_dir())?;
+    journal.update(|record| {
+        let news = made
+            .into_iter()
+            .filter(|folder| !record.store_folders.contains(folder))
+            .collect::<Vec<_>>();
+        record.store_folders.extend(news);
+    })?;
+    execute::settle(&node, &mut journal).await?;
+    let seen = observe::containerd(&node, &journal).await?;
+    remove::handlers(&node, &mut journal, &seen, arguments.force, &mut removed).await?;
+    remove::artifacts(&node, &journal, &mut removed)?;
+    output::result(global.output, "Uninstalled", &removed, &text(&removed))
+}
+
+fn text(removed: &Removed) -> String {
+    let mut out = String::new();
+    let mut say = |what: &str, names: &[String]| {
+        if !names.is_empty() {
+            out.push_str(&format!("{what}: {}\n", names.join(", ")));
+        }
+    };
+    say("Handlers removed from containerd", &removed.handlers);
+    say("Handlers given back to their owners", &removed.given_back);
+    say("Classes removed", &removed.classes);
+    say(
+        "Folders that were in a class's place are back",
+        &removed.folders_back,
+    );
+    out.push_str(
+        "Done: nothing of kata-manager is left on this node but its configuration file.\n",
+    );
+    out
+}

@@ -1,0 +1,534 @@
+//! The configuration file: NVIDIA Kata Manager's `config.yaml`, with keys of ours beside its own.
+//!
+//! [`parse`] is pure; [`load`] reads. The JSON Schema that `config schema` prints comes from the same structs.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use anyhow::{Context as _, Result};
+use km_artifacts::reference::Reference;
+use km_host::HostPath;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::failure::{Failure, Kind};
+
+/// Where the file is unless told otherwise.
+pub(crate) const DEFAULT_PATH: &str = "/etc/kata-manager/config.yaml";
+
+/// Where guest artifacts are kept by NVIDIA's Kata Manager, and by us unless told otherwise.
+const DEFAULT_ARTIFACTS_DIR: &str = "/opt/nvidia-gpu-operator/artifacts/runtimeclasses";
+
+/// The configuration of kata-manager. A `config.yaml` of NVIDIA's Kata Manager works unchanged.
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(crate) struct Config {
+    /// The folder for guest artifacts. Each class has a link of its name in it.
+    #[serde(default = "default_artifacts_dir")]
+    #[schemars(with = "String")]
+    pub(crate) artifacts_dir: HostPath,
+    /// The runtime classes of this node.
+    #[serde(default)]
+    pub(crate) runtime_classes: Vec<RuntimeClass>,
+    /// Where Kata itself comes from.
+    #[serde(default)]
+    pub(crate) provider: Provider,
+    /// The containerd to register handlers in.
+    #[serde(default)]
+    pub(crate) containerd: Containerd,
+    /// How registries are reached.
+    #[serde(default)]
+    pub(crate) registry: Registry,
+}
+
+/// A runtime class and what its virtual machines boot.
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(crate) struct RuntimeClass {
+    /// The class's name, and its handler's unless `handler` says otherwise.
+    pub(crate) name: String,
+    /// Labels of the nodes that have this class; goes into the RuntimeClass object.
+    #[serde(default)]
+    pub(crate) node_selector: BTreeMap<String, String>,
+    /// The guest artifact. May be left out only when `runtimeType` is given.
+    #[serde(default)]
+    pub(crate) artifacts: Option<Artifacts>,
+    /// The name of the runtime handler in containerd.
+    #[serde(default)]
+    pub(crate) handler: Option<String>,
+    /// The class of the catalogue that a class of another name follows.
+    #[serde(default)]
+    pub(crate) like: Option<String>,
+    /// A containerd runtime type to put behind the handler in place of Kata, such as `io.containerd.runc.v2`.
+    #[serde(default)]
+    pub(crate) runtime_type: Option<String>,
+    /// When a tag's new digest is taken.
+    #[serde(default)]
+    pub(crate) update: Update,
+}
+
+impl RuntimeClass {
+    /// The name of the handler in containerd.
+    pub(crate) fn handler(&self) -> &str {
+        self.handler.as_deref().unwrap_or(&self.name)
+    }
+}
+
+/// A guest artifact in a registry.
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(crate) struct Artifacts {
+    /// Its reference: `registry/repository:tag`, or with `@sha256:...` to pin it.
+    #[schemars(with = "String")]
+    pub(crate) url: Url,
+    /// A Kubernetes secret with credentials. Without a cluster it is not looked up: use `registry.credentialsFile`.
+    #[serde(default)]
+    pub(crate) pull_secret: String,
+}
+
+/// A reference as the user wrote it, and what it means.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(try_from = "String", into = "String")]
+pub(crate) struct Url {
+    text: String,
+    pub(crate) reference: Reference,
+}
+
+impl TryFrom<String> for Url {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Url, String> {
+        let reference = text.parse().map_err(|error| format!("{error}"))?;
+        Ok(Url { text, reference })
+    }
+}
+
+impl From<Url> for String {
+    fn from(url: Url) -> String {
+        url.text
+    }
+}
+
+/// When a tag's new digest is taken.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub(crate) enum Update {
+    /// At the next `apply`.
+    #[default]
+    OnDigestChange,
+    /// Never: what is here stays.
+    Never,
+}
+
+/// Where Kata itself (its shim, QEMU and firmware) comes from.
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(crate) struct Provider {
+    /// How it gets there.
+    #[serde(default)]
+    pub(crate) kind: ProviderKind,
+    /// The folder that it is in.
+    #[serde(default = "default_prefix")]
+    #[schemars(with = "String")]
+    pub(crate) prefix: HostPath,
+}
+
+impl Default for Provider {
+    fn default() -> Provider {
+        Provider {
+            kind: ProviderKind::Existing,
+            prefix: default_prefix(),
+        }
+    }
+}
+
+/// How Kata gets onto the node.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub(crate) enum ProviderKind {
+    /// Somebody else puts it there: kata-deploy, or a package.
+    #[default]
+    Existing,
+}
+
+/// The containerd to register handlers in.
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(crate) struct Containerd {
+    /// Its configuration file.
+    #[serde(default = "default_containerd_config")]
+    #[schemars(with = "String")]
+    pub(crate) config: HostPath,
+    /// Its socket.
+    #[serde(default = "default_containerd_socket")]
+    #[schemars(with = "String")]
+    pub(crate) socket: HostPath,
+    /// Its program, for a dry run of the configuration; found from the running process when left out.
+    #[serde(default)]
+    #[schemars(with = "Option<String>")]
+    pub(crate) binary: Option<HostPath>,
+    /// How it is restarted.
+    #[serde(default)]
+    pub(crate) restart: Restart,
+}
+
+impl Default for Containerd {
+    fn default() -> Containerd {
+        Containerd {
+            config: default_containerd_config(),
+            socket: default_containerd_socket(),
+            binary: None,
+            restart: Restart::default(),
+        }
+    }
+}
+
+/// How containerd is restarted.
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(crate) struct Restart {
+    /// By whom.
+    #[serde(default)]
+    pub(crate) mode: RestartMode,
+    /// With `systemd`: the unit.
+    #[serde(default = "default_unit")]
+    pub(crate) unit: String,
+    /// With `command`: the program and its arguments.
+    #[serde(default)]
+    pub(crate) command: Vec<String>,
+    /// How long the handlers may take to be live after a restart, in seconds.
+    #[serde(default = "default_ready_timeout")]
+    pub(crate) ready_timeout_seconds: u64,
+}
+
+impl Default for Restart {
+    fn default() -> Restart {
+        Restart {
+            mode: RestartMode::Systemd,
+            unit: default_unit(),
+            command: Vec::new(),
+            ready_timeout_seconds: default_ready_timeout(),
+        }
+    }
+}
+
+/// Who restarts containerd.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub(crate) enum RestartMode {
+    /// systemd, over D-Bus.
+    #[default]
+    Systemd,
+    /// A command of yours.
+    Command,
+    /// You do, by hand.
+    None,
+}
+
+/// How registries are reached.
+#[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(crate) struct Registry {
+    /// Certificates (PEM) that are trusted besides the system's.
+    #[serde(default)]
+    #[schemars(with = "Option<String>")]
+    pub(crate) ca_file: Option<HostPath>,
+    /// Credentials in the form of docker's `config.json`.
+    #[serde(default)]
+    #[schemars(with = "Option<String>")]
+    pub(crate) credentials_file: Option<HostPath>,
+    /// Registries without TLS, as `host` or `host:port`. Those on this machine need not be listed.
+    #[serde(default)]
+    pub(crate) plain_http: Vec<String>,
+    /// Registries on this machine that do speak TLS.
+    #[serde(default)]
+    pub(crate) https: Vec<String>,
+}
+
+fn default_artifacts_dir() -> HostPath {
+    fixed(DEFAULT_ARTIFACTS_DIR)
+}
+
+fn default_prefix() -> HostPath {
+    fixed("/opt/kata")
+}
+
+fn default_containerd_config() -> HostPath {
+    fixed("/etc/containerd/config.toml")
+}
+
+fn default_containerd_socket() -> HostPath {
+    fixed("/run/containerd/containerd.sock")
+}
+
+fn default_unit() -> String {
+    "containerd.service".to_owned()
+}
+
+fn default_ready_timeout() -> u64 {
+    60
+}
+
+fn fixed(path: &'static str) -> HostPath {
+    #[expect(
+        clippy::expect_used,
+        reason = "a constant of this file, read by every test"
+    )]
+    HostPath::new(path).expect("an absolute path")
+}
+
+/// Reads the file. A missing one is an error that says how to begin.
+pub(crate) fn load(path: &Path) -> Result<(Config, Vec<u8>)> {
+    let bytes = std::fs::read(path).map_err(|error| {
+        let hint = if error.kind() == std::io::ErrorKind::NotFound {
+            "; write one (NVIDIA Kata Manager's config.yaml works; \"kata-manager config schema\" lists every key), or name \
+             another with --config"
+        } else {
+            ""
+        };
+        let message = format!("cannot read the configuration {}{hint}", path.display());
+        Failure::because(Kind::Configuration, message, error)
+    })?;
+    let text = std::str::from_utf8(&bytes).map_err(|error| {
+        Failure::because(
+            Kind::Configuration,
+            format!("{} is not UTF-8 text", path.display()),
+            error,
+        )
+    })?;
+    let config = parse(text).with_context(|| {
+        Failure::new(
+            Kind::Configuration,
+            format!("{} is not usable", path.display()),
+        )
+    })?;
+    Ok((config, bytes))
+}
+
+/// Reads a configuration from its text, and checks what the types cannot say.
+pub(crate) fn parse(text: &str) -> Result<Config> {
+    let options = serde_saphyr::options! { with_snippet: false };
+    let config: Config = if text.trim().is_empty() {
+        serde_json::from_str("{}").context("the defaults")?
+    } else {
+        serde_saphyr::from_str_with_options(text, options).map_err(|error| explain(&error))?
+    };
+    check(text, &config)?;
+    Ok(config)
+}
+
+fn explain(error: &serde_saphyr::Error) -> Failure {
+    let error = error.without_snippet();
+    let message = error.to_string();
+    let first = message.lines().next().unwrap_or_default();
+    // serde's own words for deny_unknown_fields: unknown field `x`, expected one of `a`, `b`
+    let quoted: Vec<&str> = first.split('`').skip(1).step_by(2).collect();
+    let nearest = match quoted.as_slice() {
+        [unknown, known @ ..]
+            if first.contains("unknown field") || first.contains("unknown variant") =>
+        {
+            nearest(unknown, known)
+        }
+        _ => None,
+    };
+    let line = error
+        .location()
+        .filter(|at| at.line() > 0 && !first.contains("line "))
+        .map(|at| format!("line {}: ", at.line()));
+    let hint = nearest
+        .map(|name| format!("; did you mean `{name}`?"))
+        .unwrap_or_default();
+    Failure::new(
+        Kind::Configuration,
+        format!("{}{first}{hint}", line.unwrap_or_default()),
+    )
+}
+
+/// The known name nearest to what was written, if any is near enough to be meant.
+fn nearest<'a>(written: &str, known: &[&'a str]) -> Option<&'a str> {
+    let (name, distance) = known
+        .iter()
+        .map(|name| {
+            (
+                *name,
+                strsim::osa_distance(&written.to_lowercase(), &name.to_lowercase()),
+            )
+        })
+        .min_by_key(|(_, distance)| *distance)?;
+    (distance <= 1 + written.chars().count() / 3).then_some(name)
+}
+
+fn check(text: &str, config: &Config) -> Result<(), Failure> {
+    let bad = |message: String| Err(Failure::new(Kind::Configuration, message));
+    let mut names = BTreeSet::new();
+    let mut handlers = BTreeMap::new();
+    for class in &config.runtime_classes {
+        let name = &class.name;
+        if let Err(error) = km_artifacts::check_class(name) {
+            return Err(Failure::because(
+                Kind::Configuration,
+                format!(
+                    "{}the class name {name:?} cannot be used",
+                    line_of(text, name, 1)
+                ),
+                error,
+            ));
+        }
+        if !names.insert(name) {
+            return bad(format!(
+                "{}the class {name:?} is there twice: each class needs a name of its own",
+                line_of(text, name, 2)
+            ));
+        }
+        if let Some(other) = handlers.insert(class.handler().to_owned(), name) {
+            return bad(format!(
+                "the classes {other:?} and {name:?} have the same handler {:?}: give one of them another \"handler\"",
+                class.handler()
+            ));
+        }
+        check_kind(text, class)?;
+    }
+    if config.containerd.restart.mode == RestartMode::Command
+        && config.containerd.restart.command.is_empty()
+    {
+        return bad("containerd.restart.mode is \"command\", and containerd.restart.command is empty: give the program and its arguments".to_owned());
+    }
+    Ok(())
+}
+
+fn check_kind(text: &str, class: &RuntimeClass) -> Result<(), Failure> {
+    let known: Vec<&str> = km_runtimeclasses::catalogue()
+        .iter()
+        .map(|kind| kind.name)
+        .collect();
+    let name = &class.name;
+    let bad = |message: String| {
+        Err(Failure::new(
+            Kind::Configuration,
+            format!("{}{message}", line_of(text, name, 1)),
+        ))
+    };
+    let wanted = class.like.as_deref().unwrap_or(name);
+    let is_known = km_runtimeclasses::find(wanted).is_some();
+    let hint = nearest(wanted, &known)
+        .map(|near| format!(" (did you mean {near:?}?)"))
+        .unwrap_or_default();
+    match (&class.runtime_type, &class.artifacts) {
+        (Some(_), _) if class.like.is_some() => bad(format!(
+            "the class {name:?} has both \"like\" and \"runtimeType\": keep one of them"
+        )),
+        (Some(_), _) => Ok(()),
+        (None, _) if !is_known => bad(format!(
+            "the class {wanted:?} is not in the catalogue{hint}: use one of {}, or set \"like\" to one of them, or give a \"runtimeType\"",
+            known.join(", ")
+        )),
+        (None, None) => bad(format!(
+            "the class {name:?} has no artifacts.url: say which guest artifact it boots"
+        )),
+        (None, Some(_)) => Ok(()),
+    }
+}
+
+/// "line N: " of the n-th place where a class's name stands as a value of `name`.
+fn line_of(text: &str, name: &str, nth: usize) -> String {
+    text.lines()
+        .enumerate()
+        .filter(|(_, line)| {
+            let line = line.trim_start().trim_start_matches("- ").trim_start();
+            line.strip_prefix("name:")
+                .is_some_and(|value| value.trim().trim_matches(['"', '\'']) == name)
+        })
+        .nth(nth - 1)
+        .map(|(index, _)| format!("line {}: ", index + 1))
+        .unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As NVIDIA's documentation of the GPU Operator shows it.
+    const NVIDIA: &str = "artifactsDir: /opt/nvidia-gpu-operator/artifacts/runtimeclasses
+runtimeClasses:
+- artifacts:
+    pullSecret: \"\"
+    url: nvcr.io/nvidia/cloud-native/kata-gpu-artifacts:ubuntu22.04-525
+  name: kata-qemu-nvidia-gpu
+  nodeSelector: {}
+- artifacts:
+    pullSecret: \"\"
+    url: nvcr.io/nvidia/cloud-native/kata-gpu-artifacts:ubuntu22.04-535-snp
+  name: kata-qemu-nvidia-gpu-snp
+  nodeSelector: {}
+";
+
+    fn error(text: &str) -> String {
+        let error = parse(text).unwrap_err();
+        assert_eq!(crate::failure::kind(&error), Kind::Configuration);
+        format!("{error:#}")
+    }
+
+    #[test]
+    fn nvidias_file_works_unchanged() {
+        let config = parse(NVIDIA).unwrap();
+        assert_eq!(config.artifacts_dir.as_str(), DEFAULT_ARTIFACTS_DIR);
+        assert_eq!(config.runtime_classes.len(), 2);
+        assert_eq!(
+            config.runtime_classes[1].handler(),
+            "kata-qemu-nvidia-gpu-snp"
+        );
+        assert_eq!(config.containerd.restart.mode, RestartMode::Systemd);
+        assert_eq!(parse("").unwrap().runtime_classes.len(), 0);
+    }
+
+    #[test]
+    fn an_unknown_key_is_named_with_its_line_and_the_nearest_key() {
+        let text = error(&NVIDIA.replace("artifactsDir", "artifactDir"));
+        assert!(
+            text.contains("`artifactDir`") && text.contains("did you mean `artifactsDir`"),
+            "{text}"
+        );
+        let text = error(&format!("{NVIDIA}containerd:\n  sockett: /run/x\n"));
+        assert!(
+            text.contains("`sockett`") && text.contains("`socket`?") && text.contains("line 13"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn wrong_classes_are_named() {
+        let text = error(&NVIDIA.replace("gpu-snp", "gpu"));
+        assert!(text.contains("twice") && text.contains("line 10"), "{text}");
+        let text = error(&NVIDIA.replace(
+            "name: kata-qemu-nvidia-gpu-snp",
+            "name: kata-qemu-nvidia-gpu-spn",
+        ));
+        assert!(
+            text.contains("did you mean \"kata-qemu-nvidia-gpu-snp\""),
+            "{text}"
+        );
+        let text = error(
+            "runtimeClasses:\n- name: kata-qemu-nvidia-gpu\n  artifacts:\n    url: \"Not A Reference\"\n",
+        );
+        assert!(text.contains("line 4"), "{text}");
+        let text = error("runtimeClasses:\n- name: kata-qemu-nvidia-gpu\n");
+        assert!(text.contains("artifacts.url"), "{text}");
+        let text = error("runtimeClasses:\n- name: ../x\n  runtimeType: io.containerd.runc.v2\n");
+        assert!(text.contains("line 2"), "{text}");
+    }
+
+    #[test]
+    fn the_schema_knows_every_key() {
+        let schema = serde_json::to_string(&schemars::schema_for!(Config)).unwrap();
+        for key in [
+            "artifactsDir",
+            "pullSecret",
+            "nodeSelector",
+            "runtimeType",
+            "credentialsFile",
+            "readyTimeoutSeconds",
+        ] {
+            assert!(schema.contains(key), "{key}");
+        }
+    }
+}

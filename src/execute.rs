@@ -1,0 +1,307 @@
+//! Carries a plan out: fetch, make generations, switch, register; and undoes the switches when registering fails.
+
+use anyhow::{Context as _, Result};
+use km_artifacts::registry::Client;
+use km_artifacts::{Artifact, DerivedFile, GenerationMeta, Limits};
+use km_containerd_config::transaction::{self, Change, Deadlines, Progress};
+use km_host::{HostPath, process};
+use km_runtimeclasses::GuestFile;
+
+use crate::config::{Artifacts, RestartMode};
+use crate::failure::Failure;
+use crate::journal::Journal;
+use crate::node::Node;
+use crate::observe::{self, Observation, SeenArtifact, SeenClass, SeenContainerd};
+use crate::output;
+use crate::plan::{ClassWork, Prepared};
+use crate::progress::Shown;
+use crate::wanted;
+
+/// The largest configuration of an artifact that is read, in bytes.
+const CONFIGURATION_LIMIT: u64 = 1 << 20;
+
+/// Settles what a process that was killed left owing. The lock is held.
+pub(crate) async fn settle(node: &Node, journal: &mut Journal) -> Result<()> {
+    let (path, told) = node.containerd_config()?;
+    let Some(owed) = journal.record().owed.clone() else {
+        return Ok(transaction::remove_leftovers(&path)
+            .and_then(|()| transaction::remove_leftovers(&told))?);
+    };
+    output::to_stderr("finishing what an earlier run was killed in");
+    let recorded = owed.want_live.clone();
+    let resumed = transaction::resume(&owed, &node.daemon()?, journal, &mut report).await?;
+    transaction::remove_leftovers(&path)?;
+    if resumed == transaction::Resumed::Finished {
+        journal.update(|record| record.handlers = recorded)?;
+    }
+    Ok(())
+}
+
+/// Carries out what was prepared. The lock is held.
+pub(crate) async fn execute(
+    node: &Node,
+    client: &Client,
+    journal: &mut Journal,
+    seen: &Observation,
+    prepared: &Prepared,
+) -> Result<()> {
+    for (class, work) in seen.classes.iter().zip(&prepared.classes) {
+        if let ClassWork::Make(number) = work {
+            make_generation(node, client, class, *number)
+                .await
+                .with_context(|| format!("{} stays as it was", class.class.name))?;
+        }
+    }
+    let mut switched = Vec::new();
+    let result = switch_and_register(node, journal, seen, prepared, &mut switched).await;
+    if result.is_err() {
+        undo(node, &switched);
+        return result;
+    }
+    for class in &seen.surplus {
+        node.store.remove_class(class)?;
+    }
+    prune(node, seen)
+}
+
+async fn switch_and_register<'a>(
+    node: &Node,
+    journal: &mut Journal,
+    seen: &'a Observation,
+    prepared: &Prepared,
+    switched: &mut Vec<&'a SeenClass>,
+) -> Result<()> {
+    for (class, work) in seen.classes.iter().zip(&prepared.classes) {
+        if let ClassWork::Make(number) | ClassWork::Reuse(number) = work {
+            switched.push(class);
+            node.store.activate(&class.class.name, *number)?;
+        }
+    }
+    register(node, journal, &seen.containerd, prepared).await
+}
+
+/// Points classes back at what they pointed at. Each failure is said: the first error is the one that is returned.
+fn undo(node: &Node, switched: &[&SeenClass]) {
+    for seen in switched.iter().rev() {
+        let name = &seen.class.name;
+        let undone = match &seen.live {
+            Some(live) => node.store.activate(name, live.number()).map(|_| ()),
+            None => node.store.remove_class(name),
+        };
+        if let Err(error) = undone {
+            output::to_stderr(&format!("warning: {name} could not be put back: {error}"));
+        }
+    }
+}
+
+async fn make_generation(
+    node: &Node,
+    client: &Client,
+    seen: &SeenClass,
+    number: u64,
+) -> Result<()> {
+    let (
+        SeenArtifact::Wanted {
+            reference,
+            resolved,
+            ..
+        },
+        Some(artifacts),
+    ) = (&seen.artifact, &seen.class.artifacts)
+    else {
+        return Ok(());
+    };
+    // What is damaged is fetched again.
+    node.store.discard(&seen.damages)?;
+    output::to_stderr(&format!("{}: {reference}", seen.class.name));
+    let artifact = km_artifacts::pull(
+        &node.store,
+        client,
+        reference,
+        resolved,
+        &Limits::default(),
+        &Shown::new("fetched"),
+    )
+    .await?;
+    let derived = derive(node, seen, &artifact, number)?;
+    let meta = meta(artifacts, seen, resolved.digest.clone());
+    node.store
+        .create_generation(&seen.class.name, number, &artifact, &derived, meta)?;
+    Ok(())
+}
+
+fn meta(
+    artifacts: &Artifacts,
+    seen: &SeenClass,
+    source: km_artifacts::digest::Digest,
+) -> GenerationMeta {
+    GenerationMeta {
+        reference: artifacts.url.clone().into(),
+        source,
+        inputs: seen.inputs.clone(),
+    }
+}
+
+/// The Kata configuration of a generation, with every file that it names checked.
+fn derive(
+    node: &Node,
+    seen: &SeenClass,
+    artifact: &Artifact,
+    number: u64,
+) -> Result<Vec<DerivedFile>> {
+    let Some(kind) = wanted::class_kind(&seen.class) else {
+        return Ok(Vec::new());
+    };
+    let name = &seen.class.name;
+    let dir = node.store.generation_dir(name, number);
+    let dir = node
+        .root
+        .host_path(&dir)
+        .with_context(|| format!("{} is not below the host's root", dir.display()))?;
+    let files: Vec<GuestFile> = artifact
+        .files
+        .iter()
+        .map(|file| GuestFile {
+            path: file.path.clone(),
+        })
+        .collect();
+    let own = km_runtimeclasses::pick_configuration(
+        name,
+        artifact.files.iter().map(|file| file.path.as_str()),
+    )?;
+    let own = own
+        .map(|path| Ok::<_, anyhow::Error>((path, read_own(node, artifact, path)?)))
+        .transpose()?;
+    let own = own.as_ref().map(|(path, text)| (*path, text.as_str()));
+    let rendered = km_runtimeclasses::configuration(
+        kind,
+        &wanted::provider(&node.config),
+        dir.as_str(),
+        &files,
+        own,
+    )?;
+    for reference in &rendered.references {
+        let path = HostPath::new(&reference.path).map_err(|error| {
+            Failure::refused(format!(
+                "{} of {name}'s Kata configuration: {error}",
+                reference.key
+            ))
+        })?;
+        if path.as_path().starts_with(dir.as_path()) {
+            continue;
+        }
+        if let Some(problem) = observe::lacks(node, &path, reference.executable)? {
+            return Err(Failure::refused(format!(
+                "{} of {name}'s Kata configuration names {path}, which {problem}: install it, or publish an artifact that brings it",
+                reference.key
+            ))
+            .into());
+        }
+    }
+    Ok(vec![DerivedFile {
+        path: wanted::CONFIGURATION.to_owned(),
+        bytes: rendered.text.into_bytes(),
+    }])
+}
+
+fn read_own(node: &Node, artifact: &Artifact, path: &str) -> Result<String> {
+    use std::io::Read as _;
+    let file = artifact
+        .file(path)
+        .with_context(|| format!("{path} is in the artifact"))?;
+    let at = node.store.file_path(file);
+    let mut text = String::new();
+    std::fs::File::open(&at)
+        .and_then(|opened| opened.take(CONFIGURATION_LIMIT).read_to_string(&mut text))
+        .map_err(km_host::Error::io("read", &at))?;
+    Ok(text)
+}
+
+async fn register(
+    node: &Node,
+    journal: &mut Journal,
+    seen: &SeenContainerd,
+    prepared: &Prepared,
+) -> Result<()> {
+    let mut change = change(node, seen, &prepared.edited, journal);
+    change.want_live.clone_from(&seen.wanted);
+    change.restart_owed = prepared.restart_owed;
+    transaction::run(&change, &node.daemon()?, journal, &mut report).await?;
+    let wanted = seen.wanted.clone();
+    journal.update(|record| record.handlers = wanted)
+}
+
+/// The change of containerd's configuration that an edit stands for.
+pub(crate) fn change(
+    node: &Node,
+    seen: &SeenContainerd,
+    edited: &km_containerd_config::edit::Edited,
+    journal: &Journal,
+) -> Change {
+    let backup = node.store.state_dir().join("containerd-config.backup");
+    let mut change = Change::from_edit(
+        seen.path.clone(),
+        seen.before.clone(),
+        edited,
+        Vec::new(),
+        backup,
+    );
+    change.told_path = (seen.told != seen.path).then(|| seen.told.clone());
+    change
+        .made_folders
+        .clone_from(&journal.record().config_folders);
+    if node.config.containerd.restart.mode == RestartMode::None {
+        change.restart = transaction::Restart::Never;
+    }
+    change.deadlines = Deadlines {
+        ready: std::time::Duration::from_secs(node.config.containerd.restart.ready_timeout_seconds),
+        ..Deadlines::default()
+    };
+    if edited.text.is_empty() && seen.before.is_none() {
+        change.after = None;
+    }
+    change
+}
+
+/// Says how far the transaction is.
+pub(crate) fn report(progress: Progress) {
+    let line = match progress {
+        Progress::Checking => "containerd: reads the new configuration in a dry run".to_owned(),
+        Progress::NotChecked => {
+            "containerd: its program cannot be run from here, so there is no dry run".to_owned()
+        }
+        Progress::Writing => "containerd: configuration is backed up and replaced".to_owned(),
+        Progress::Restarting => "containerd: restarts".to_owned(),
+        Progress::Waiting(what) => format!("containerd: waits until {what}"),
+        Progress::Restoring => "containerd: puts the old configuration back".to_owned(),
+    };
+    output::to_stderr(&line);
+}
+
+/// Keeps of each class that changed the live generation, the one before it, and any that somebody has open.
+fn prune(node: &Node, seen: &Observation) -> Result<()> {
+    let mut changed = !seen.surplus.is_empty();
+    for class in &seen.classes {
+        let name = &class.class.name;
+        let live = node.store.live_number(name)?;
+        let previous = class
+            .live
+            .as_ref()
+            .map(km_artifacts::Generation::number)
+            .filter(|number| Some(*number) != live);
+        for old in &class.others {
+            let number = old.number();
+            if Some(number) == live || Some(number) == previous || previous.is_none() {
+                continue;
+            }
+            if process::holders(&node.root, &old.dir)?.is_empty() {
+                node.store.remove_generation(name, number)?;
+                changed = true;
+            }
+        }
+    }
+    if changed {
+        node.store.remove_unreferenced()?;
+    }
+    Ok(())
+}

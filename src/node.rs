@@ -1,0 +1,114 @@
+//! The node that a command works on: its root, the configuration, the store, and clients made from them.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use km_artifacts::Store;
+use km_artifacts::registry::{Client, ClientOptions, Credentials};
+use km_host::{HostPath, Root};
+
+use crate::config::{self, Config};
+use crate::daemon::Daemon;
+use crate::failure::{Failure, Kind};
+
+/// How long containerd may take to answer one question.
+pub(crate) const ANSWER: Duration = Duration::from_secs(10);
+
+/// The largest file of certificates or credentials that is read, in bytes.
+const SMALL_FILE: u64 = 4 << 20;
+
+/// A node.
+#[derive(Debug)]
+pub(crate) struct Node {
+    pub(crate) root: Root,
+    pub(crate) config: Config,
+    /// The bytes of the configuration file, an input of every plan.
+    pub(crate) config_bytes: Vec<u8>,
+    pub(crate) store: Store,
+    /// How long to wait for the lock.
+    pub(crate) lock_wait: Duration,
+}
+
+impl Node {
+    /// Reads the configuration and opens what it names; changes nothing.
+    pub(crate) fn open(
+        config: &std::path::Path,
+        root: &std::path::Path,
+        lock_wait: Duration,
+    ) -> Result<Node> {
+        let root = Root::new(root)?;
+        let (config, config_bytes) = config::load(config)?;
+        let store = Store::open(&root.resolve(&config.artifacts_dir)?)?;
+        Ok(Node {
+            root,
+            config,
+            config_bytes,
+            store,
+            lock_wait,
+        })
+    }
+
+    /// containerd's configuration file and the path that it is told, as this process sees them.
+    pub(crate) fn containerd_config(&self) -> Result<(PathBuf, PathBuf)> {
+        let named = &self.config.containerd.config;
+        let told = match (named.parent(), named.as_path().file_name()) {
+            (Some(parent), Some(name)) => self.root.resolve(&parent)?.join(name),
+            _ => self.root.resolve(named)?,
+        };
+        Ok((self.root.resolve(named)?, told))
+    }
+
+    /// containerd, as it is asked and restarted.
+    pub(crate) fn daemon(&self) -> Result<Daemon<'_>> {
+        Daemon::new(&self.root, &self.config.containerd)
+    }
+
+    /// A client for the registries.
+    pub(crate) fn registry(&self) -> Result<Client> {
+        let settings = &self.config.registry;
+        let credentials = match &settings.credentials_file {
+            Some(path) => {
+                Credentials::from_docker_config(&self.small_file("registry.credentialsFile", path)?)
+                    .map_err(|error| {
+                        Failure::because(
+                            Kind::Configuration,
+                            format!("registry.credentialsFile {path} cannot be used"),
+                            error,
+                        )
+                    })?
+            }
+            None => Credentials::anonymous(),
+        };
+        let ca_pem = settings
+            .ca_file
+            .as_ref()
+            .map(|path| self.small_file("registry.caFile", path))
+            .transpose()?;
+        let options = ClientOptions {
+            ca_pem,
+            credentials,
+            plain_http: settings.plain_http.clone(),
+            https: settings.https.clone(),
+            ..ClientOptions::default()
+        };
+        Ok(Client::new(options)?)
+    }
+
+    fn small_file(&self, key: &str, path: &HostPath) -> Result<Vec<u8>> {
+        let read = || -> Result<Vec<u8>> {
+            use std::io::Read as _;
+            let mut bytes = Vec::new();
+            std::fs::File::open(self.root.resolve(path)?)?
+                .take(SMALL_FILE)
+                .read_to_end(&mut bytes)?;
+            Ok(bytes)
+        };
+        read().with_context(|| {
+            Failure::new(
+                Kind::Configuration,
+                format!("cannot read {path}, which {key} names"),
+            )
+        })
+    }
+}

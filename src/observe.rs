@@ -1,0 +1,360 @@
+//! What is on the node and in the registries now. Reads only.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result};
+use km_artifacts::digest::Digest;
+use km_artifacts::reference::Reference;
+use km_artifacts::registry::{Client, Platform, Resolved};
+use km_artifacts::{Damage, Generation};
+use km_containerd_config::edit::Document;
+use km_containerd_config::live::LiveHandlers;
+use km_containerd_config::shim::{self, ShimSearch};
+use km_containerd_config::{ContainerdVersion, Handler};
+use km_cri::Sandbox;
+use km_host::HostPath;
+
+use crate::config::{Artifacts, RuntimeClass, Update};
+use crate::failure::{self, Failure, Kind};
+use crate::journal::Journal;
+use crate::node::Node;
+use crate::wanted;
+
+/// Everything that a plan is made from.
+#[derive(Debug)]
+pub(crate) struct Observation {
+    /// The configured classes, in order.
+    pub(crate) classes: Vec<SeenClass>,
+    /// Classes in the store that the configuration does not have.
+    pub(crate) surplus: Vec<String>,
+    /// containerd and its configuration.
+    pub(crate) containerd: SeenContainerd,
+    /// What is missing: files of the provider, shims. Each says what to do.
+    pub(crate) missing: Vec<String>,
+    /// What a person should know.
+    pub(crate) warnings: Vec<String>,
+}
+
+/// A configured class.
+#[derive(Debug)]
+pub(crate) struct SeenClass {
+    pub(crate) class: RuntimeClass,
+    /// The live generation, if it can be read.
+    pub(crate) live: Option<Generation>,
+    /// What is wrong with the live generation's files.
+    pub(crate) damages: Vec<Damage>,
+    /// Generations that are there and not live, newest last.
+    pub(crate) others: Vec<Generation>,
+    /// The number of the next generation.
+    pub(crate) next: u64,
+    /// A folder or file of somebody else's under the class's name.
+    pub(crate) displaces: Option<PathBuf>,
+    /// What its reference leads to.
+    pub(crate) artifact: SeenArtifact,
+    /// See [`wanted::inputs`].
+    pub(crate) inputs: Digest,
+}
+
+/// What an artifact's reference leads to.
+#[derive(Debug)]
+pub(crate) enum SeenArtifact {
+    /// The class has none.
+    None,
+    /// What is live is what is wanted: nothing to fetch.
+    Live,
+    /// This is wanted, and `stored` says whether all of it is in the store.
+    Wanted {
+        reference: Reference,
+        resolved: Box<Resolved>,
+        stored: bool,
+    },
+}
+
+/// containerd and its configuration.
+#[derive(Debug)]
+pub(crate) struct SeenContainerd {
+    /// The file, with symlinks followed.
+    pub(crate) path: PathBuf,
+    /// The path that containerd is told, if that is another.
+    pub(crate) told: PathBuf,
+    /// Its bytes; `None` if there is no file.
+    pub(crate) before: Option<Vec<u8>>,
+    pub(crate) version: ContainerdVersion,
+    pub(crate) live: LiveHandlers,
+    pub(crate) sandboxes: Vec<Sandbox>,
+    /// The handlers as this containerd wants them written.
+    pub(crate) wanted: Vec<Handler>,
+    /// The handlers as we last wrote them.
+    pub(crate) recorded: Vec<Handler>,
+}
+
+/// Looks at everything.
+pub(crate) async fn observe(
+    node: &Node,
+    client: &Client,
+    journal: &Journal,
+) -> Result<Observation> {
+    let mut warnings = Vec::new();
+    let mut missing = missing_provider_files(node)?;
+    let containerd = containerd(node, journal).await?;
+    missing.extend(missing_shims(node, &containerd)?);
+    let mut digests = Digests {
+        client,
+        known: BTreeMap::new(),
+    };
+    let mut classes = Vec::new();
+    for class in &node.config.runtime_classes {
+        classes.push(self::class(node, &mut digests, class, &mut warnings).await?);
+    }
+    let surplus = node
+        .store
+        .classes()?
+        .into_iter()
+        .filter(|name| {
+            node.config
+                .runtime_classes
+                .iter()
+                .all(|class| class.name != *name)
+        })
+        .collect();
+    Ok(Observation {
+        classes,
+        surplus,
+        containerd,
+        missing,
+        warnings,
+    })
+}
+
+/// Asks each reference's digest once, however many classes have it.
+struct Digests<'a> {
+    client: &'a Client,
+    known: BTreeMap<Reference, Digest>,
+}
+
+impl Digests<'_> {
+    async fn of(&mut self, reference: &Reference) -> Result<Digest, km_artifacts::registry::Error> {
+        if let Some(digest) = self.known.get(reference) {
+            return Ok(digest.clone());
+        }
+        let digest = self.client.digest(reference).await?;
+        self.known.insert(reference.clone(), digest.clone());
+        Ok(digest)
+    }
+}
+
+async fn class(
+    node: &Node,
+    digests: &mut Digests<'_>,
+    class: &RuntimeClass,
+    warnings: &mut Vec<String>,
+) -> Result<SeenClass> {
+    let store = &node.store;
+    let live_number = store.live_number(&class.name)?;
+    let all = match store.generations(&class.name) {
+        Err(error) if error.is_damage() => {
+            warnings.push(format!(
+                "a generation of {} cannot be read and is made again: {error}",
+                class.name
+            ));
+            Vec::new()
+        }
+        result => result?,
+    };
+    let (live, others): (Vec<_>, Vec<_>) = all
+        .into_iter()
+        .partition(|generation| Some(generation.number()) == live_number);
+    let live = live.into_iter().next();
+    let damages = live
+        .as_ref()
+        .map(|live| store.check(live, false))
+        .transpose()?
+        .unwrap_or_default();
+    for damage in &damages {
+        warnings.push(format!("{}: {damage}; it is made again", class.name));
+    }
+    let link = store.class_link(&class.name);
+    let displaces = (live_number.is_none() && link.symlink_metadata().is_ok()).then_some(link);
+    let mut seen = SeenClass {
+        class: class.clone(),
+        next: store.next_number(&class.name)?,
+        live,
+        damages,
+        others,
+        displaces,
+        artifact: SeenArtifact::None,
+        inputs: wanted::inputs(&node.config, class),
+    };
+    if let Some(artifacts) = &class.artifacts {
+        if !artifacts.pull_secret.is_empty() {
+            warnings.push(format!(
+                "{}: pullSecret {:?} is a Kubernetes secret and is not looked up here; credentials come from registry.credentialsFile",
+                class.name, artifacts.pull_secret
+            ));
+        }
+        seen.artifact = artifact(node, digests, &seen, artifacts, warnings).await?;
+    }
+    Ok(seen)
+}
+
+async fn artifact(
+    node: &Node,
+    digests: &mut Digests<'_>,
+    seen: &SeenClass,
+    artifacts: &Artifacts,
+    warnings: &mut Vec<String>,
+) -> Result<SeenArtifact> {
+    let reference = &artifacts.url.reference;
+    let name = &seen.class.name;
+    let text = String::from(artifacts.url.clone());
+    let usable = seen
+        .live
+        .as_ref()
+        .filter(|live| seen.damages.is_empty() && live.manifest.inputs == seen.inputs);
+    let same = usable.filter(|live| live.manifest.reference == text);
+    if same.is_some() && seen.class.update == Update::Never {
+        return Ok(SeenArtifact::Live);
+    }
+    let digest = match digests.of(reference).await {
+        Ok(digest) => digest,
+        Err(error) => {
+            let error = anyhow::Error::from(error);
+            return match same {
+                Some(live) if failure::kind(&error) == Kind::Registry => {
+                    warnings.push(format!(
+                        "{name}: {error}; generation {} stays",
+                        live.number()
+                    ));
+                    Ok(SeenArtifact::Live)
+                }
+                _ => Err(error.context(format!("cannot look up {text}, the artifact of {name}"))),
+            };
+        }
+    };
+    if usable.is_some_and(|live| live.manifest.source == digest) {
+        return Ok(SeenArtifact::Live);
+    }
+    let pinned = reference.with_digest(digest);
+    let resolved = digests
+        .client
+        .resolve(&pinned, &Platform::host())
+        .await
+        .with_context(|| format!("cannot read the manifest of {text}, the artifact of {name}"))?;
+    let stored =
+        seen.damages.is_empty() && node.store.artifact(&resolved.manifest.digest)?.is_some();
+    Ok(SeenArtifact::Wanted {
+        reference: pinned,
+        resolved: Box::new(resolved),
+        stored,
+    })
+}
+
+pub(crate) async fn containerd(node: &Node, journal: &Journal) -> Result<SeenContainerd> {
+    let daemon = node.daemon()?;
+    let (path, told) = node.containerd_config()?;
+    let not_running = || {
+        format!(
+            "containerd does not answer on {}: start it, or name another socket in containerd.socket",
+            node.config.containerd.socket
+        )
+    };
+    let asked = async {
+        let cri = daemon.cri().await?;
+        let version = cri.version().await?;
+        let status = cri.status().await?;
+        Ok::<_, km_cri::Error>((version, status, cri.sandboxes().await?))
+    };
+    let (version, status, sandboxes) = asked
+        .await
+        .map_err(|error| Failure::because(Kind::Containerd, not_running(), error))?;
+    let version: ContainerdVersion = version.runtime_version.parse().map_err(|error| {
+        Failure::because(
+            Kind::Containerd,
+            format!(
+                "containerd's version {:?} is in no known form",
+                version.runtime_version
+            ),
+            error,
+        )
+    })?;
+    Ok(SeenContainerd {
+        before: read(&path)?,
+        told,
+        path,
+        version,
+        live: LiveHandlers::from_cri_config(&status.config),
+        sandboxes,
+        wanted: wanted::handlers(&node.config, version),
+        recorded: journal.record().handlers.clone(),
+    })
+}
+
+/// A file's bytes; `None` if it is absent.
+pub(crate) fn read(path: &std::path::Path) -> Result<Option<Vec<u8>>> {
+    match std::fs::read(path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(km_host::Error::io("read", path)(error).into()),
+    }
+}
+
+fn missing_provider_files(node: &Node) -> Result<Vec<String>> {
+    let provider = wanted::provider(&node.config);
+    let mut missing = Vec::new();
+    for class in &node.config.runtime_classes {
+        let Some(kind) = wanted::class_kind(class) else {
+            continue;
+        };
+        for file in kind.required_files(&provider) {
+            let path = HostPath::new(&file.path).context("a path of the provider")?;
+            if let Some(problem) = lacks(node, &path, file.executable)? {
+                missing.push(format!(
+                    "{} needs {} at {path}, which {problem}: install Kata there, or name its folder in provider.prefix",
+                    class.name, file.what
+                ));
+            }
+        }
+    }
+    Ok(missing)
+}
+
+/// What is wrong with a file that must be there.
+pub(crate) fn lacks(
+    node: &Node,
+    path: &HostPath,
+    executable: bool,
+) -> Result<Option<&'static str>> {
+    use std::os::unix::fs::PermissionsExt as _;
+    let ours = node.root.resolve(path)?;
+    Ok(match std::fs::metadata(&ours) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Some("is not there"),
+        Err(error) => return Err(km_host::Error::io("look at", &ours)(error).into()),
+        Ok(meta) if !meta.is_file() => Some("is no file"),
+        Ok(meta) if executable && meta.permissions().mode() & 0o111 == 0 => {
+            Some("is not executable")
+        }
+        Ok(_) => None,
+    })
+}
+
+fn missing_shims(node: &Node, containerd: &SeenContainerd) -> Result<Vec<String>> {
+    if containerd.wanted.is_empty() {
+        return Ok(Vec::new());
+    }
+    let text =
+        String::from_utf8_lossy(containerd.before.as_deref().unwrap_or_default()).into_owned();
+    // A file that cannot be parsed is the planner's to refuse, with its line.
+    let opt = Document::parse(&text)
+        .ok()
+        .and_then(|document| document.opt_path().map(str::to_owned));
+    let search: ShimSearch = node.daemon()?.shim_search(opt.as_deref())?;
+    let resolve =
+        |handler: &Handler| shim::resolve(&node.root, handler, &search, containerd.version).err();
+    Ok(containerd
+        .wanted
+        .iter()
+        .filter_map(resolve)
+        .map(|error| error.to_string())
+        .collect())
+}

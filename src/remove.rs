@@ -1,0 +1,89 @@
+//! Uninstall: the inverse edit of containerd's configuration, then everything of ours in the artifacts folder.
+
+use anyhow::Result;
+use km_containerd_config::edit::{self, Document, Owner};
+use km_containerd_config::transaction;
+use km_host::atomic;
+use serde::Serialize;
+
+use crate::execute;
+use crate::failure::Failure;
+use crate::journal::Journal;
+use crate::node::Node;
+use crate::observe::{SeenContainerd, read};
+use crate::plan;
+
+/// What uninstalling did.
+#[derive(Debug, Default, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Removed {
+    /// Handlers that are gone.
+    pub(crate) handlers: Vec<String>,
+    /// Handlers of others that are back.
+    pub(crate) given_back: Vec<String>,
+    /// Classes that are gone.
+    pub(crate) classes: Vec<String>,
+    /// Folders of others that are back under a class's name.
+    pub(crate) folders_back: Vec<String>,
+}
+
+/// Whether there is anything of ours on the node.
+pub(crate) fn anything(node: &Node) -> Result<bool> {
+    if node.store.store_dir().exists() {
+        return Ok(true);
+    }
+    let text = read(&node.containerd_config()?.0)?.unwrap_or_default();
+    let document = Document::parse(&String::from_utf8_lossy(&text));
+    Ok(document.is_ok_and(|document| {
+        document
+            .handlers()
+            .iter()
+            .any(|handler| handler.owner == Owner::Ours)
+    }))
+}
+
+/// Takes the handlers out of containerd, refusing while sandboxes use them unless forced.
+pub(crate) async fn handlers(
+    node: &Node,
+    journal: &mut Journal,
+    seen: &SeenContainerd,
+    force: bool,
+    removed: &mut Removed,
+) -> Result<()> {
+    let edited = edit::remove_all(plan::text(seen)?, &seen.recorded)?;
+    let gone = edited.gone();
+    let touched: Vec<String> = gone.iter().chain(&edited.given_back).cloned().collect();
+    let users = plan::users(seen, &touched);
+    if !users.is_empty() && !force {
+        return Err(Failure::refused(format!(
+            "handlers are in use; delete these pods first, or give --force and they cannot be restarted or (containerd 2.x) exec'd into:\n{}",
+            users.join("\n")
+        ))
+        .into());
+    }
+    let change = execute::change(node, seen, &edited, journal);
+    transaction::run(&change, &node.daemon()?, journal, &mut execute::report).await?;
+    removed.handlers = gone;
+    removed.given_back = edited.given_back;
+    journal.update(|record| record.handlers.clear())
+}
+
+/// Removes everything of ours in the artifacts folder; the journal goes last.
+pub(crate) fn artifacts(node: &Node, journal: &Journal, removed: &mut Removed) -> Result<()> {
+    let folders = journal.record().store_folders.clone();
+    for class in node.store.classes()? {
+        if node.store.displaced(&class)?.is_some() {
+            removed.folders_back.push(class.clone());
+        }
+        node.store.remove_class(&class)?;
+        removed.classes.push(class);
+    }
+    node.store.remove_all()?;
+    node.store.remove_state()?;
+    for folder in folders.iter().rev() {
+        if !folder.starts_with(node.store.store_dir()) && !atomic::remove_dir_if_empty(folder)? {
+            break;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,78 @@
+//! What the configuration asks for: handlers in containerd, and the inputs of each class's generation. Pure.
+
+use km_artifacts::digest::Digest;
+use km_containerd_config::{ContainerdVersion, Handler};
+use km_runtimeclasses::{ClassKind, POD_ANNOTATIONS, Provider};
+use serde_json::json;
+
+use crate::config::{Config, RuntimeClass};
+
+/// The name of the derived Kata configuration in a generation, and so of the file that a handler points at.
+pub(crate) const CONFIGURATION: &str = "configuration.toml";
+
+/// Counts changes in how configurations are derived; a new number makes new generations.
+const DERIVATION: u32 = 1;
+
+/// What a class is in the catalogue; `None` for one with a runtime type of its own.
+pub(crate) fn class_kind(class: &RuntimeClass) -> Option<&'static ClassKind> {
+    if class.runtime_type.is_some() {
+        return None;
+    }
+    km_runtimeclasses::find(class.like.as_deref().unwrap_or(&class.name))
+}
+
+/// The provider as the catalogue wants it.
+pub(crate) fn provider(config: &Config) -> Provider {
+    Provider {
+        prefix: config.provider.prefix.as_str().to_owned(),
+    }
+}
+
+/// The handlers for this version of containerd.
+pub(crate) fn handlers(config: &Config, version: ContainerdVersion) -> Vec<Handler> {
+    config
+        .runtime_classes
+        .iter()
+        .map(|class| handler(config, class).for_version(version))
+        .collect()
+}
+
+fn handler(config: &Config, class: &RuntimeClass) -> Handler {
+    let name = class.handler();
+    let annotations: Vec<String> = POD_ANNOTATIONS.iter().map(ToString::to_string).collect();
+    let mut handler = Handler {
+        name: name.to_owned(),
+        pod_annotations: annotations.clone(),
+        container_annotations: annotations,
+        ..Handler::default()
+    };
+    match (&class.runtime_type, class_kind(class)) {
+        (Some(runtime_type), _) => handler.runtime_type.clone_from(runtime_type),
+        (None, kind) => {
+            handler.runtime_type = format!("io.containerd.{name}.v2");
+            handler.runtime_path = kind.map(|kind| kind.shim(&provider(config)));
+            handler.config_path = Some(
+                config
+                    .artifacts_dir
+                    .join(&class.name)
+                    .join(CONFIGURATION)
+                    .as_str()
+                    .to_owned(),
+            );
+            handler.privileged_without_host_devices = true;
+        }
+    }
+    handler
+}
+
+/// The digest of everything but the artifact that a class's derived files are made from.
+pub(crate) fn inputs(config: &Config, class: &RuntimeClass) -> Digest {
+    let inputs = json!({
+        "derivation": DERIVATION,
+        "class": class.name,
+        "kind": class_kind(class).map(|kind| kind.name),
+        "artifactsDir": config.artifacts_dir.as_str(),
+        "provider": config.provider.prefix.as_str(),
+    });
+    Digest::of(inputs.to_string().as_bytes())
+}
