@@ -259,7 +259,7 @@ mod tests {
                 Some(format!("/opt/kata/{}", kind.firmware).as_str())
             );
             assert_eq!(qemu["cold_plug_vfio"].as_str(), Some("root-port"));
-            assert_eq!(qemu.get("rootfs_type").is_some(), false);
+            assert!(qemu.get("rootfs_type").is_none());
             assert_eq!(
                 qemu.get("confidential_guest").is_some(),
                 kind.tee != Tee::None
