@@ -1,35 +1,35 @@
-# What people and CI run. Only cargo and root are needed; each target gets its other parts by itself.
-.PHONY: demo test lint deny unit cli e2e build clean
+# What people and CI run. Rust (rust-version in Cargo.toml) and root are needed; each target gets its other parts by itself.
+.PHONY: demo test lint unit cli e2e build clean
+.NOTPARALLEL:
 
-KM := $(CURDIR)/target/release/kata-manager
+TARGET := $(abspath $(or $(CARGO_TARGET_DIR),target))
+KM := $(TARGET)/release/kata-manager
 
-## The main job, for real: registry, containerd, two guests, apply, a pod, a boot, uninstall.
+# The main job, for real: registry, containerd, two guests, apply, a pod, a boot, uninstall.
 demo: build
-	KM_BIN=$(KM) cargo run --quiet -p km-tests-e2e --bin demo
+	KM_BIN=$(KM) cargo run --quiet --locked -p km-tests-e2e --bin demo
 
-## Every test.
+# Every test. Tests that this machine cannot run say so and count as ignored.
 test: lint unit cli e2e
 
-lint: deny
+lint:
 	cargo fmt --all --check
-	cargo clippy --workspace --all-targets -- -D warnings
-	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --workspace --no-deps
-
-## Licences, bans, sources, advisories.
-deny:
+	cargo clippy --locked --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --locked --workspace --no-deps
 	hack/deny
 
 unit:
-	cargo test --workspace --exclude km-tests-e2e --exclude km-tests-cli
+	cargo test --locked --workspace --exclude km-tests-e2e --exclude km-tests-cli
 
 cli: build
-	KM_BIN=$(KM) cargo test -p km-tests-cli
+	KM_BIN=$(KM) cargo test --locked -p km-tests-cli
 
 e2e: build
-	KM_BIN=$(KM) KM_E2E_REQUIRE=1 cargo run --quiet -p km-tests-e2e --bin km-tests-e2e
+	KM_BIN=$(KM) cargo run --quiet --locked -p km-tests-e2e --bin km-tests-e2e
 
 build:
-	cargo build --release -p kata-manager
+	cargo build --release --locked -p kata-manager
 
 clean:
 	cargo clean
+	rm -rf .parts
