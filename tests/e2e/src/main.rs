@@ -33,7 +33,11 @@ fn main() -> Result<ExitCode> {
     };
     // Each test starts programs of its own; more at a time than this only makes all of them late.
     arguments.test_threads = arguments.test_threads.or(Some(2));
-    let subjects = [("harness", tests::harness::TESTS)];
+    let subjects = [
+        ("harness", tests::harness::TESTS),
+        ("apply", tests::apply::TESTS),
+        ("failures", tests::failures::TESTS),
+    ];
     let trials: Vec<Trial> = subjects
         .iter()
         .flat_map(|(subject, tests)| tests.iter().map(|test| (*subject, *test)))

@@ -1,3 +1,6 @@
 //! The tests, one file a subject.
 
+pub(crate) mod apply;
+pub(crate) mod failures;
 pub(crate) mod harness;
+mod node;
