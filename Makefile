@@ -24,7 +24,9 @@ unit:
 cli: build
 	KM_BIN=$(KM) cargo test --locked -p km-tests-cli
 
+# First each containerd's reading of prepared configurations, then whole nodes.
 e2e: build
+	hack/dumps
 	KM_BIN=$(KM) cargo run --quiet --locked -p km-tests-e2e --bin km-tests-e2e
 
 build:
