@@ -37,6 +37,10 @@ fn main() -> Result<ExitCode> {
         ("harness", tests::harness::TESTS),
         ("apply", tests::apply::TESTS),
         ("failures", tests::failures::TESTS),
+        ("crash", tests::crash::TESTS),
+        ("lock", tests::lock::TESTS),
+        ("hostile", tests::hostile::TESTS),
+        ("others", tests::others::TESTS),
     ];
     let trials: Vec<Trial> = subjects
         .iter()

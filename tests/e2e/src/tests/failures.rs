@@ -65,11 +65,19 @@ fn wrong_configurations(sandbox: &Sandbox) -> Result<()> {
         (
             "readyTimeoutSeconds",
             "readyTimeoutSecond",
-            &["line 14", "readyTimeoutSeconds"],
+            &["line 15", "did you mean `readyTimeoutSeconds`"],
         ),
-        ("artifactsDir", "artifactDir", &["line 1", "artifactsDir"]),
-        ("mode: command", "mode: comand", &["line 12", "command"]),
-        ("provider:", &again, &["line 6", "twice", DEMO]),
+        (
+            "artifactsDir",
+            "artifactDir",
+            &["line 1", "did you mean `artifactsDir`"],
+        ),
+        (
+            "mode: command",
+            "mode: comand",
+            &["line 13", "did you mean `command`"],
+        ),
+        ("provider:", &again, &["line 7", "twice", DEMO]),
         (&url, "Not A Reference", &["line 5", "Not A Reference"]),
         ("runtimeClasses:", "runtimeClasses: [", &["line "]),
     ];
@@ -111,9 +119,9 @@ fn registry_wants_credentials(sandbox: &Sandbox) -> Result<()> {
     };
     let node = Node::with_registry(sandbox, &Options::new(Version::V1_7), access)?;
     let reference = node.proxy.reference(SMALL);
-    let failed = node.refuses(&["apply"], 5, &["401", &reference])?;
+    let failed = node.refuses(&["apply"], 5, &["no credentials are known", &reference])?;
     ensure!(
-        failed.stderr.contains("credentials"),
+        failed.stderr.contains("docker login"),
         "no word of what to do: {failed}"
     );
     let credentials = node.registry.docker_config(&node.proxy.host())?;
@@ -123,7 +131,7 @@ fn registry_wants_credentials(sandbox: &Sandbox) -> Result<()> {
     let more = format!("registry: {{credentialsFile: {}}}\n", credentials.display());
     node.configure_with(&[class], &more)?;
     fs::write(&credentials, wrong)?;
-    let failed = node.refuses(&["apply"], 5, &["401"])?;
+    let failed = node.refuses(&["apply"], 5, &[&node.registry.host()[..9], "credentials"])?;
     ensure!(
         !failed.stderr.contains("correct horse"),
         "the password shows: {failed}"
@@ -135,9 +143,9 @@ fn registry_wants_credentials(sandbox: &Sandbox) -> Result<()> {
 fn registry_has_no_such_tag(sandbox: &Sandbox) -> Result<()> {
     let node = demo_node(sandbox)?;
     node.reconfigure(SMALL, "kata/small:v2")?;
-    node.refuses(&["apply"], 5, &["kata/small:v2", "404"])?;
+    node.refuses(&["apply"], 5, &["kata/small:v2 is not at"])?;
     node.reconfigure("kata/small:v2", "kata/nothing:v1")?;
-    node.refuses(&["apply"], 5, &["kata/nothing:v1", "404"])?;
+    node.refuses(&["apply"], 5, &["kata/nothing:v1 is not at"])?;
     node.reconfigure("kata/nothing:v1", SMALL)?;
     recovers(&node)
 }

@@ -1,6 +1,10 @@
 //! The tests, one file a subject.
 
 pub(crate) mod apply;
+pub(crate) mod crash;
 pub(crate) mod failures;
 pub(crate) mod harness;
+pub(crate) mod hostile;
+pub(crate) mod lock;
 mod node;
+pub(crate) mod others;
