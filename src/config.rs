@@ -321,16 +321,22 @@ fn explain(error: &serde_saphyr::Error) -> Failure {
     let error = error.without_snippet();
     let message = error.to_string();
     let first = message.lines().next().unwrap_or_default();
-    // serde's own words for deny_unknown_fields: unknown field `x`, expected one of `a`, `b`
-    let quoted: Vec<&str> = first.split('`').skip(1).step_by(2).collect();
-    let nearest = match quoted.as_slice() {
-        [unknown, known @ ..]
-            if first.contains("unknown field") || first.contains("unknown variant") =>
-        {
-            nearest(unknown, known)
-        }
-        _ => None,
-    };
+    // serde's own words for deny_unknown_fields: unknown field `x`, expected one of a, b, c
+    let unknown = first
+        .split_once("unknown field `")
+        .or_else(|| first.split_once("unknown variant `"));
+    let unknown = unknown.and_then(|(_, rest)| rest.split_once('`'));
+    let nearest = unknown.and_then(|(unknown, rest)| {
+        let (_, expected) = rest.split_once("expected ")?;
+        let expected = expected.split(" at line ").next().unwrap_or_default();
+        let known: Vec<&str> = expected
+            .trim_start_matches("one of ")
+            .split([',', ' '])
+            .map(|name| name.trim_matches('`'))
+            .filter(|name| !name.is_empty() && *name != "or")
+            .collect();
+        nearest(unknown, &known)
+    });
     let line = error
         .location()
         .filter(|at| at.line() > 0 && !first.contains("line "))
@@ -490,7 +496,7 @@ runtimeClasses:
         );
         let text = error(&format!("{NVIDIA}containerd:\n  sockett: /run/x\n"));
         assert!(
-            text.contains("`sockett`") && text.contains("`socket`?") && text.contains("line 13"),
+            text.contains("`sockett`") && text.contains("`socket`?") && text.contains("line 14"),
             "{text}"
         );
     }
@@ -498,7 +504,7 @@ runtimeClasses:
     #[test]
     fn wrong_classes_are_named() {
         let text = error(&NVIDIA.replace("gpu-snp", "gpu"));
-        assert!(text.contains("twice") && text.contains("line 10"), "{text}");
+        assert!(text.contains("twice") && text.contains("line 11"), "{text}");
         let text = error(&NVIDIA.replace(
             "name: kata-qemu-nvidia-gpu-snp",
             "name: kata-qemu-nvidia-gpu-spn",
