@@ -5,7 +5,6 @@
 //! (proc_locks(5)).
 
 use std::fs::{self, File, OpenOptions};
-use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -65,20 +64,15 @@ impl Lock {
     /// # Errors
     /// [`LockError::Held`] when the wait is over, [`LockError::Io`] when the file cannot be opened.
     pub fn acquire(path: &Path, wait: Duration) -> Result<Lock, LockError> {
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(path)
-            .map_err(Error::io("open lock", path))?;
         let deadline = Instant::now() + wait;
         loop {
+            let file = open(path)?;
             match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                // A holder may have removed the file, with all of the state, before it let go: then this is no lock.
+                Ok(()) if !is_at(&file, path)? => {}
                 Ok(()) => return Ok(Lock { _file: file }),
                 Err(rustix::io::Errno::AGAIN) if Instant::now() < deadline => {
-                    std::thread::sleep(RETRY)
+                    std::thread::sleep(RETRY);
                 }
                 Err(rustix::io::Errno::AGAIN) => {
                     return Err(LockError::Held {
@@ -89,6 +83,26 @@ impl Lock {
                 Err(errno) => return Err(Error::io("lock", path)(errno).into()),
             }
         }
+    }
+}
+
+fn open(path: &Path) -> Result<File, Error> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(path)
+        .map_err(Error::io("open lock", path))
+}
+
+fn is_at(file: &File, path: &Path) -> Result<bool, Error> {
+    let mine = file.metadata().map_err(Error::io("look at lock", path))?;
+    match fs::metadata(path) {
+        Ok(there) => Ok((there.dev(), there.ino()) == (mine.dev(), mine.ino())),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(Error::io("look at lock", path)(error)),
     }
 }
 
@@ -130,11 +144,6 @@ fn parse_holder(locks: &str, dev: u64, inode: u64) -> Option<u32> {
     })
 }
 
-/// Whether an error means that the file system has no room for, or no permission to hold, a lock file.
-pub fn is_read_only(error: &LockError) -> bool {
-    matches!(error, LockError::Io(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -169,6 +178,19 @@ mod tests {
         };
         drop(first);
         waiter.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn a_lock_whose_file_was_removed_is_taken_on_the_new_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lock");
+        let first = Lock::acquire(&path, Duration::ZERO).unwrap();
+        fs::remove_file(&path).unwrap();
+        let second = Lock::acquire(&path, Duration::ZERO).unwrap();
+        drop(first);
+        let error = Lock::acquire(&path, Duration::ZERO).unwrap_err();
+        assert!(matches!(error, LockError::Held { .. }), "{error}");
+        drop(second);
     }
 
     #[test]
