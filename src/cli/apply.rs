@@ -66,7 +66,10 @@ pub(super) async fn run(global: &Global, arguments: &Arguments) -> Result<()> {
     if global.output == Format::Text {
         output::to_stdout(&prepared.plan.to_text())?;
     }
-    execute::execute(&node, &client, &mut journal, &seen, &prepared).await?;
+    let executed = execute::execute(&node, &client, &mut journal, &seen, &prepared).await;
+    let ended = node.store.end_session();
+    executed?;
+    ended?;
     let handlers: Vec<&str> = seen
         .containerd
         .wanted

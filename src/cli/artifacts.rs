@@ -116,6 +116,7 @@ async fn pull(global: &Global, node: &Node, references: &[String]) -> Result<()>
         )
         .await
         .with_context(|| format!("cannot pull {reference}"))?;
+        node.store.end_session()?;
         text.push_str(&format!(
             "{} {reference}: {} files, {}\n",
             resolved.digest,

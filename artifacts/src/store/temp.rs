@@ -62,6 +62,19 @@ impl Store {
         Ok(atomic::remove_dir_all(&away)?)
     }
 
+    /// Removes this process's temporary folder if nothing is in it, so that the next holder of the lock has nothing to
+    /// sweep. Called when the work under the lock is done.
+    ///
+    /// # Errors
+    /// When it is empty and cannot be removed.
+    pub fn end_session(&self) -> Result<()> {
+        let dir = self.under("tmp").join(session());
+        if super::look(&dir)?.is_some() {
+            atomic::remove_dir_if_empty(&dir)?;
+        }
+        Ok(())
+    }
+
     /// Removes what other processes left unfinished; the lock must be held.
     pub(super) fn sweep(&self) -> std::result::Result<(), HostError> {
         let tmp = self.under("tmp");
