@@ -82,7 +82,44 @@ fn scalar(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    /// Strings that a careless writer gets wrong, and any printable ones.
+    fn text() -> impl Strategy<Value = String> {
+        prop_oneof![
+            "(true|No|null|~|1e5|0x1F|1:30|2026-01-02|- a|a: b|a #b|&a|\\*a|\\{\\}|\\[|'|\"|%a|@a|\\||  a |---|\\.inf|inf|nan|)",
+            "[ -~\n\t\u{a0}-\u{d7ff}]{0,16}",
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn yaml_reads_back_as_it_was(class in text(), handler in text(), selector in prop::collection::btree_map(text(), text(), 0..4)) {
+            let kind = crate::find("kata-qemu-nvidia-gpu");
+            let manifest = runtime_class_manifest(&class, &handler, kind, &selector, None);
+            let back: Value = serde_saphyr::from_str(&to_yaml(&manifest)).unwrap();
+            prop_assert_eq!(back, manifest);
+        }
+    }
+
+    #[test]
+    fn the_label_by_which_the_gpu_operator_deletes_is_never_set() {
+        for kind in crate::catalogue() {
+            let manifest =
+                runtime_class_manifest(kind.name, kind.name, Some(kind), &BTreeMap::new(), None);
+            assert_eq!(
+                manifest["metadata"]["labels"],
+                json!({ "app.kubernetes.io/managed-by": "kata-manager" })
+            );
+            assert_eq!(
+                manifest["overhead"],
+                json!({ "podFixed": { "memory": "10240Mi", "cpu": "1" } })
+            );
+            assert_eq!(manifest.get("scheduling"), None);
+        }
+    }
 
     #[test]
     fn a_catalogue_class_as_yaml() {

@@ -39,9 +39,7 @@ pub(crate) fn render(
     let rootfs = rootfs(files)?;
     let mut references = Vec::new();
     let mut document = DocumentMut::new();
-    document.decor_mut().set_prefix(
-        "# Derived by kata-manager from the artifact and the runtime class, and never edited: the generation is immutable.\n",
-    );
+    document.decor_mut().set_prefix(header(kind));
     let mut hypervisor = Table::new();
     hypervisor.set_implicit(true);
     hypervisor.insert(
@@ -61,6 +59,15 @@ pub(crate) fn render(
         rerooted: Vec::new(),
         references,
     })
+}
+
+/// What a reader of the file must know: that it is derived, and where settings go instead.
+fn header(kind: &ClassKind) -> String {
+    format!(
+        "# Derived by kata-manager for {}: the artifact brings no Kata configuration of its own.\n\
+         # Do not edit: the next generation does not have your change. Settings go into a configuration.toml in the artifact.\n\n",
+        kind.name
+    )
 }
 
 fn qemu(
@@ -89,14 +96,8 @@ fn qemu(
     }
     path(&mut table, "firmware", provider.path(kind.firmware), false);
     if !confidential {
-        path(
-            &mut table,
-            "virtio_fs_daemon",
-            provider.path("libexec/virtiofsd"),
-            true,
-        );
-        // Only pods with shared volumes need it; Kata says so itself when it is missing.
-        references.retain(|reference| reference.key != "hypervisor.qemu.virtio_fs_daemon");
+        let daemon = provider.path("libexec/virtiofsd");
+        table.insert("virtio_fs_daemon", value(daemon));
     }
     if matches!(rootfs, RootFs::Image(_)) {
         table.insert("rootfs_type", value("erofs"));
@@ -275,6 +276,79 @@ mod tests {
             );
             assert_eq!(rendered.references.len(), 4);
         }
+    }
+
+    /// A value of `[hypervisor.qemu]` as TOML, or nothing.
+    fn setting(class: &str, key: &str) -> Option<String> {
+        let text = rendered(class, &["vmlinuz", "kata.image"]).unwrap().text;
+        let document: DocumentMut = text.parse().unwrap();
+        let item = document["hypervisor"]["qemu"].get(key)?;
+        Some(item.as_value()?.to_string().trim().to_owned())
+    }
+
+    #[test]
+    fn the_classes_differ_where_kata_has_them_differ() {
+        let params = "cgroup_no_v1=all pci=realloc pci=nocrs pci=assign-busses";
+        let plain = format!("\"{params}\"");
+        let cc = format!("\"{params} nvrc.smi.srs=1\"");
+        let qemu = "\"/opt/kata/bin/qemu-system-x86_64";
+        let snp = format!("{qemu}-snp-experimental\"");
+        let tdx = format!("{qemu}-tdx-experimental\"");
+        let qemu = format!("{qemu}\"");
+        let rows: [(&str, [&str; 3]); 11] = [
+            ("path", [&qemu, &snp, &tdx]),
+            ("kernel_params", [&plain, &cc, &cc]),
+            ("pcie_root_port", ["8", "0", "0"]),
+            ("shared_fs", ["\"virtio-fs\"", "\"none\"", "\"none\""]),
+            (
+                "virtio_fs_daemon",
+                ["\"/opt/kata/libexec/virtiofsd\"", "", ""],
+            ),
+            ("hot_plug_vfio", ["\"no-port\"", "", ""]),
+            ("rootfs_type", ["\"erofs\""; 3]),
+            ("confidential_guest", ["", "true", "true"]),
+            ("sev_snp_guest", ["", "true", ""]),
+            ("snp_guest_policy", ["", "196608", ""]),
+            ("tdx_quote_generation_service_socket_port", ["", "", "0"]),
+        ];
+        for (key, expected) in rows {
+            let found = ["", "-snp", "-tdx"]
+                .map(|tee| setting(&format!("kata-qemu-nvidia-gpu{tee}"), key).unwrap_or_default());
+            assert_eq!(found, expected, "{key}");
+        }
+    }
+
+    #[test]
+    fn the_header_says_that_it_is_derived_and_where_settings_go() {
+        let text = rendered("kata-qemu-nvidia-gpu", &["vmlinuz", "initrd"])
+            .unwrap()
+            .text;
+        let header: Vec<&str> = text
+            .lines()
+            .take_while(|line| line.starts_with('#'))
+            .collect();
+        assert_eq!(header.len(), 2, "{text}");
+        assert!(
+            header[0].contains("Derived by kata-manager for kata-qemu-nvidia-gpu"),
+            "{text}"
+        );
+        assert!(
+            header[1].contains("configuration.toml in the artifact"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn any_artifact_path_comes_out_as_toml() {
+        let odd = "a \"b\\\n/vmlinuz'";
+        let text = rendered("kata-qemu-nvidia-gpu", &[odd, "initrd"])
+            .unwrap()
+            .text;
+        let document: DocumentMut = text.parse().unwrap();
+        assert_eq!(
+            document["hypervisor"]["qemu"]["kernel"].as_str(),
+            Some(format!("/gen/1/{odd}").as_str())
+        );
     }
 
     #[test]

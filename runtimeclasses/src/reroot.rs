@@ -10,8 +10,12 @@ use crate::{ConfigError, GuestFile, Provider, Reference, Rendered, Reroot};
 /// Keys that name files which an artifact brings (`src/runtime/config/configuration-qemu*.toml.in` of Kata).
 const GUEST_KEYS: [&str; 5] = ["kernel", "image", "initrd", "firmware", "firmware_volume"];
 
-/// Keys that name programs of the provider.
-const PROGRAM_KEYS: [&str; 2] = ["path", "virtio_fs_daemon"];
+/// The key of QEMU.
+const PROGRAM_KEY: &str = "path";
+
+/// The key of the daemon for shared folders. It is led to the provider like QEMU, but need not exist: published
+/// configurations name it for guests that share none (`shared_fs = "none"`) too.
+const DAEMON_KEY: &str = "virtio_fs_daemon";
 
 /// Lists of programs of the provider.
 const PROGRAM_LISTS: [&str; 2] = ["valid_hypervisor_paths", "valid_virtio_fs_daemon_paths"];
@@ -107,15 +111,17 @@ impl Rerooter<'_> {
                 self.put(&key, value.span(), from, &to, false)?;
             }
         }
-        for key in PROGRAM_KEYS {
+        for key in [PROGRAM_KEY, DAEMON_KEY] {
             let Some(value) = table.get(key) else {
                 continue;
             };
-            let key = format!("{prefix}.{key}");
-            let from = self.string(&key, value)?;
-            if !from.is_empty() {
-                let to = self.provider_path(from);
-                self.put(&key, value.span(), from, &to, true)?;
+            let named = format!("{prefix}.{key}");
+            let from = self.string(&named, value)?;
+            let to = self.provider_path(from);
+            if key == PROGRAM_KEY && !from.is_empty() {
+                self.put(&named, value.span(), from, &to, true)?;
+            } else {
+                self.replace(&named, value.span(), from, &to)?;
             }
         }
         for key in PROGRAM_LISTS {
@@ -294,10 +300,129 @@ mod tests {
         );
     }
 
+    #[test]
+    fn a_daemon_for_shared_folders_is_led_to_the_provider_and_need_not_exist() {
+        let text = "[hypervisor.qemu]\nkernel = \"vmlinuz\"\nvirtio_fs_daemon = \"/opt/kata/libexec/virtiofsd\"\n";
+        let rendered = run(text).unwrap();
+        assert!(
+            rendered.text.contains("\"/usr/kata/libexec/virtiofsd\""),
+            "{}",
+            rendered.text
+        );
+        let keys: Vec<_> = rendered.references.iter().map(|r| r.key.as_str()).collect();
+        assert_eq!(keys, ["hypervisor.qemu.kernel"]);
+    }
+
+    #[test]
+    fn every_hypervisor_is_led_and_other_tables_are_not() {
+        let text = "[hypervisor.qemu]\nkernel = \"vmlinuz\"\n[hypervisor.clh]\nkernel = \"/opt/x/vmlinuz\"\n[other]\nkernel = \"vmlinuz\"\n";
+        let rendered = run(text).unwrap();
+        let changed: Vec<_> = rendered
+            .rerooted
+            .iter()
+            .map(|r| (r.key.as_str(), r.from.as_str()))
+            .collect();
+        assert_eq!(
+            changed,
+            [
+                ("hypervisor.qemu.kernel", "vmlinuz"),
+                ("hypervisor.clh.kernel", "/opt/x/vmlinuz")
+            ]
+        );
+        assert!(rendered.text.ends_with("[other]\nkernel = \"vmlinuz\"\n"));
+    }
+
+    #[test]
+    fn a_name_that_two_files_have_is_refused_with_both() {
+        let error = reroot(
+            &Provider::default(),
+            "/gen/1",
+            &files(&["a/vmlinuz", "b/vmlinuz"]),
+            "configuration.toml",
+            "[hypervisor.qemu]\nkernel = \"/build/vmlinuz\"\n",
+        )
+        .unwrap_err()
+        .to_string();
+        assert!(
+            error.contains("a/vmlinuz, b/vmlinuz") && error.contains("hypervisor.qemu.kernel"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn only_whole_components_of_the_prefix_are_led() {
+        let text = "[hypervisor.qemu]\nkernel = \"/boot/other\"\nfirmware = \"/opt/katana/OVMF.fd\"\npath = \"/opt/kata\"\n";
+        let rendered = run(text).unwrap();
+        assert_eq!(rendered.text, text);
+        assert_eq!(rendered.rerooted, []);
+        assert_eq!(rendered.references.len(), 3);
+    }
+
+    #[test]
+    fn nesting_without_end_is_an_error_and_no_overflow_of_the_stack() {
+        let many = 100_000;
+        for text in [
+            format!("{}kernel = 1", "a.".repeat(many)),
+            format!("[{}a]", "a.".repeat(many)),
+            format!("a = {}", "[".repeat(many)),
+            format!("a = {}", "{a=".repeat(many)),
+        ] {
+            assert!(matches!(run(&text), Err(ConfigError::Parse { .. })));
+        }
+        assert!(run("[[hypervisor]]\nkernel = \"vmlinuz\"").is_err());
+        assert!(run("[[hypervisor.qemu]]\nkernel = \"vmlinuz\"").is_err());
+    }
+
+    /// The ways to write the kernel's key: what stands before its value, and what after.
+    const PLACES: [(&str, &str); 6] = [
+        ("[hypervisor.qemu]\nkernel = ", "\n"),
+        ("[ hypervisor . \"qemu\" ]  # c\n'kernel'=\t", " # c\n"),
+        ("hypervisor.qemu.kernel = ", "\n"),
+        ("[hypervisor]\nqemu.kernel = ", "\n"),
+        ("hypervisor = { qemu = { kernel = ", " , image = '' } }\n"),
+        (
+            "[runtime]\nkernel = 'vmlinuz'\n\n[hypervisor.qemu]\nx = [ 1,\n 2 ]\nkernel   =   ",
+            "",
+        ),
+    ];
+
     proptest! {
         #[test]
         fn any_text_is_an_answer_not_a_panic(text in "(\\[hypervisor\\.qemu\\]|kernel|image|path| = |\"[a-z/]*\"|'x'|\n|\\[|\\]|\\{|\\}|[ -~]){0,20}") {
             let _ = run(&text);
+        }
+
+        #[test]
+        fn any_value_is_an_answer_and_what_comes_out_is_toml(
+            key in "(image|initrd|path|firmware|virtio_fs_daemon|valid_hypervisor_paths)",
+            value in any::<String>(),
+            at_prefix: bool,
+        ) {
+            let value = if at_prefix { format!("/opt/kata/{value}") } else { value };
+            let text = format!("[hypervisor.qemu]\nkernel = \"vmlinuz\"\n{key} = {}\n", Value::from(value));
+            match run(&text) {
+                Ok(rendered) => prop_assert!(Document::parse(rendered.text.as_str()).is_ok(), "{}", rendered.text),
+                Err(error) => prop_assert!(matches!(error, ConfigError::Dangling { .. }), "{error}"),
+            }
+        }
+
+        #[test]
+        fn however_it_is_written_only_the_value_changes(
+            place in 0..PLACES.len(),
+            quotes in prop::sample::select(vec!["\"", "'", "\"\"\"", "'''"]),
+            folder in "(/[a-z]{1,8}){0,3}",
+            bom: bool,
+            crlf: bool,
+        ) {
+            let (before, after) = PLACES[place];
+            let value = if folder.is_empty() { "vmlinuz".to_owned() } else { format!("{folder}/vmlinuz") };
+            let bytes = |value: &str| {
+                let text = format!("{}{before}{value}{after}", if bom { "\u{feff}" } else { "" });
+                if crlf { text.replace('\n', "\r\n") } else { text }
+            };
+            let rendered = run(&bytes(&format!("{quotes}{value}{quotes}"))).unwrap();
+            prop_assert_eq!(&rendered.text, &bytes("\"/gen/1/vmlinuz\""));
+            prop_assert_eq!(run(&rendered.text).unwrap().text, rendered.text);
         }
 
         #[test]
