@@ -233,6 +233,19 @@ impl Node {
         Ok(finished)
     }
 
+    /// As [`Self::uninstall`], where `artifactsDir` may stay as an empty folder: a process that was killed between making it
+    /// and writing that down leaves no way to tell it from a folder of somebody else.
+    pub(crate) fn uninstall_after_a_kill(&self, original: &[u8]) -> Result<()> {
+        let finished = self.km.expect(&["uninstall"], 0)?;
+        // It works on an empty folder only; what else is there fails the check below.
+        drop(fs::remove_dir(&self.artifacts));
+        self.is_clean(original)
+            .with_context(|| format!("after an uninstall that {finished}"))?;
+        let live = self.containerd.cri().handlers()?;
+        ensure!(live == ["runc"], "{live:?} are live after {finished}");
+        Ok(())
+    }
+
     /// That no file of ours is left.
     pub(crate) fn is_clean(&self, original: &[u8]) -> Result<()> {
         let now = fs::read(self.containerd.config())?;

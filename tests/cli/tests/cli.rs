@@ -1,0 +1,332 @@
+//! The command line as people and scripts see it: help, errors, exit codes and output, of the real binary.
+//!
+//! The binary is the one that `KM_BIN` names, or the one that `cargo build -p kata-manager` put beside these tests. It runs with
+//! an environment of its own. Snapshots are in `snapshots/`; `INSTA_UPDATE=always` writes them anew.
+
+#![expect(
+    clippy::disallowed_methods,
+    clippy::unwrap_used,
+    reason = "tests prepare their files and start their program plainly, and fail by panicking"
+)]
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use insta::assert_snapshot;
+use tempfile::TempDir;
+
+const GPU: &str = "artifactsDir: /opt/artifacts
+runtimeClasses:
+- name: kata-qemu-nvidia-gpu
+  nodeSelector:
+    example.com/gpu: present
+  artifacts:
+    url: registry.example/kata/guest:v1
+    pullSecret: \"\"
+- name: kata-qemu-nvidia-gpu-snp
+  artifacts:
+    url: registry.example/kata/guest:v1-snp
+";
+
+fn binary() -> PathBuf {
+    if let Some(path) = std::env::var_os("KM_BIN") {
+        return PathBuf::from(path);
+    }
+    // This program is target/PROFILE/deps/cli-HASH.
+    let me = std::env::current_exe().unwrap();
+    let path = me.parent().unwrap().parent().unwrap().join("kata-manager");
+    assert!(
+        path.is_file(),
+        "{} is not there: `cargo build -p kata-manager` first, or set KM_BIN",
+        path.display()
+    );
+    path
+}
+
+/// A folder with a `config.yaml` (none when `config` is `None`), and an empty root of a host.
+struct Place {
+    dir: TempDir,
+}
+
+/// What a run said.
+struct Said {
+    code: i32,
+    stdout: String,
+    stderr: String,
+}
+
+impl std::fmt::Display for Said {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        writeln!(f, "exit code: {}", self.code)?;
+        write!(f, "--- stdout\n{}--- stderr\n{}", self.stdout, self.stderr)
+    }
+}
+
+impl Place {
+    fn new(config: Option<&str>) -> Place {
+        let dir = TempDir::new().unwrap();
+        std::fs::create_dir_all(dir.path().join("root/etc/containerd")).unwrap();
+        if let Some(text) = config {
+            std::fs::write(dir.path().join("config.yaml"), text).unwrap();
+        }
+        Place { dir }
+    }
+
+    fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Runs with this place's configuration and root, and nothing of ours in the environment. Paths of the place are replaced.
+    fn run(&self, words: &[&str]) -> Said {
+        let output = Command::new(binary())
+            .args(words)
+            .env_clear()
+            .env("PATH", "/usr/bin:/bin")
+            .env("KATA_MANAGER_CONFIG", self.path().join("config.yaml"))
+            .env("KATA_MANAGER_HOST_ROOT", self.path().join("root"))
+            .output()
+            .unwrap();
+        let place = self.path().display().to_string();
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap().replace(&place, "[PLACE]");
+        Said {
+            code: output.status.code().unwrap(),
+            stdout: text(output.stdout),
+            stderr: text(output.stderr),
+        }
+    }
+
+    /// What lies in the place, so that a test can see that nothing was made.
+    fn files(&self) -> Vec<PathBuf> {
+        let mut found = Vec::new();
+        let mut folders = vec![self.path().to_owned()];
+        while let Some(folder) = folders.pop() {
+            for entry in std::fs::read_dir(folder).unwrap() {
+                let path = entry.unwrap().path();
+                if path.is_dir() {
+                    folders.push(path.clone());
+                }
+                found.push(path.strip_prefix(self.path()).unwrap().to_owned());
+            }
+        }
+        found.sort();
+        found
+    }
+}
+
+/// Help, without a configuration or an environment, as its text alone.
+fn help(words: &[&str]) -> String {
+    let output = Command::new(binary())
+        .args(words)
+        .arg("--help")
+        .env_clear()
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(0), "{words:?}");
+    assert!(output.stderr.is_empty(), "{words:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn help_of_the_program() {
+    assert_snapshot!(help(&[]));
+}
+
+#[test]
+fn help_of_each_command() {
+    const COMMANDS: &[&[&str]] = &[
+        &["plan"],
+        &["apply"],
+        &["status"],
+        &["uninstall"],
+        &["artifacts"],
+        &["artifacts", "push"],
+        &["artifacts", "pull"],
+        &["artifacts", "list"],
+        &["runtimeclasses"],
+        &["runtimeclasses", "print"],
+        &["config"],
+        &["config", "schema"],
+        &["config", "check"],
+        &["completions"],
+    ];
+    for words in COMMANDS {
+        assert_snapshot!(format!("help {}", words.join(" ")), help(words));
+    }
+}
+
+#[test]
+fn usage_errors_exit_with_4() {
+    let place = Place::new(Some(GPU));
+    let wrong: &[&[&str]] = &[
+        &[],
+        &["aply"],
+        &["plan", "--exitcode"],
+        &["status", "--output", "xml"],
+        &["apply", "--lock-timeout", "soon"],
+        &["artifacts", "push", "folder"],
+    ];
+    for words in wrong {
+        let said = place.run(words);
+        assert_eq!(said.code, 4, "{words:?}: {said}");
+        assert!(said.stdout.is_empty() && !said.stderr.is_empty(), "{said}");
+    }
+    let said = place.run(&["aply"]);
+    assert!(
+        said.stderr.contains("'apply'"),
+        "no nearest command: {said}"
+    );
+}
+
+#[test]
+fn a_missing_configuration() {
+    let place = Place::new(None);
+    assert_snapshot!("missing config as text", place.run(&["plan"]));
+    assert_snapshot!(
+        "missing config as json",
+        place.run(&["plan", "--output", "json"])
+    );
+}
+
+#[test]
+fn wrong_configurations() {
+    let cases = [
+        ("unknown key", GPU.replace("artifactsDir", "artifactDir")),
+        (
+            "unknown nested key",
+            GPU.replace("pullSecret", "pullSecrets"),
+        ),
+        ("class twice", GPU.replace("gpu-snp", "gpu")),
+        ("class unknown", GPU.replace("gpu-snp", "gpu-spn")),
+        (
+            "bad reference",
+            GPU.replace("registry.example/kata/guest:v1\n", "Not A Reference\n"),
+        ),
+        (
+            "relative folder",
+            GPU.replace("/opt/artifacts", "opt/artifacts"),
+        ),
+        (
+            "not yaml",
+            GPU.replace("runtimeClasses:", "runtimeClasses: {"),
+        ),
+        (
+            "no restart command",
+            format!("{GPU}containerd: {{restart: {{mode: command}}}}\n"),
+        ),
+    ];
+    for (name, text) in cases {
+        let place = Place::new(Some(&text));
+        let said = place.run(&["config", "check"]);
+        assert_eq!(said.code, 4, "{name}: {said}");
+        assert_snapshot!(format!("config with {name}"), said);
+        for command in ["plan", "apply", "status", "uninstall"] {
+            let other = place.run(&[command]);
+            assert_eq!((other.code, &other.stderr), (4, &said.stderr), "{command}");
+        }
+        let json = place.run(&["plan", "--output", "json"]);
+        let error: serde_json::Value = serde_json::from_str(&json.stderr).unwrap();
+        assert_eq!(error["kind"], "Error");
+        assert_eq!(error["apiVersion"], "kata-manager/v1");
+        assert_eq!(error["exitCode"], 4);
+        assert!(error["message"].is_string() && error["causes"].is_array());
+    }
+    let place = Place::new(Some(&GPU.replace("artifactsDir", "artifactDir")));
+    assert_snapshot!(
+        "config with unknown key as json",
+        place.run(&["apply", "--output", "json"])
+    );
+}
+
+#[test]
+fn a_right_configuration() {
+    let place = Place::new(Some(GPU));
+    assert_snapshot!("config check", place.run(&["config", "check"]));
+    assert_snapshot!(
+        "config check as json",
+        place.run(&["config", "check", "--output", "json"])
+    );
+}
+
+#[test]
+fn containerd_is_not_running() {
+    let more = "provider: {prefix: /opt/kata}\n";
+    let place = Place::new(Some(&format!("{GPU}{more}")));
+    let before = place.files();
+    let said = place.run(&["plan"]);
+    assert_eq!(said.code, 8, "{said}");
+    assert_snapshot!("containerd not running", said);
+    assert_snapshot!(
+        "containerd not running as json",
+        place.run(&["plan", "--output", "json"])
+    );
+    assert_eq!(place.run(&["apply"]).code, 8);
+    assert_eq!(place.files(), before, "something was made");
+}
+
+#[test]
+fn nothing_to_uninstall() {
+    let place = Place::new(Some(GPU));
+    let before = place.files();
+    assert_snapshot!("uninstall of nothing", place.run(&["uninstall"]));
+    assert_eq!(place.files(), before, "something was made");
+    assert_eq!(place.run(&["artifacts", "list"]).code, 0);
+}
+
+#[test]
+fn runtime_classes() {
+    let place = Place::new(Some(GPU));
+    assert_snapshot!(
+        "runtimeclasses print",
+        place.run(&["runtimeclasses", "print"])
+    );
+    let one = place.run(&[
+        "runtimeclasses",
+        "print",
+        "kata-qemu-nvidia-gpu-snp",
+        "--output",
+        "json",
+    ]);
+    assert_snapshot!("runtimeclasses print of one as json", one);
+    let none = place.run(&["runtimeclasses", "print", "nobody"]);
+    assert_snapshot!("runtimeclasses print of an unknown class", none);
+}
+
+#[test]
+fn the_schema() {
+    let said = Place::new(None).run(&["config", "schema"]);
+    assert_eq!(said.code, 0, "{said}");
+    serde_json::from_str::<serde_json::Value>(&said.stdout).unwrap();
+    assert_snapshot!("config schema", said.stdout);
+}
+
+#[test]
+fn completions_for_each_shell() {
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let said = Place::new(None).run(&["completions", shell]);
+        assert_eq!((said.code, &*said.stderr), (0, ""), "{shell}");
+        assert!(said.stdout.contains("uninstall"), "{shell}");
+    }
+    assert_eq!(Place::new(None).run(&["completions", "tcsh"]).code, 4);
+}
+
+#[test]
+fn what_is_piped_may_end_early() {
+    use std::io::Read as _;
+    let mut child = Command::new(binary())
+        .args(["config", "schema"])
+        .env_clear()
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let mut said = String::new();
+    child
+        .stderr
+        .take()
+        .unwrap()
+        .read_to_string(&mut said)
+        .unwrap();
+    assert!(!said.contains("panicked"), "{said}");
+    child.wait().unwrap();
+}
