@@ -150,7 +150,7 @@ fn help_of_each_command() {
         &["completions"],
     ];
     for words in COMMANDS {
-        assert_snapshot!(format!("help {}", words.join(" ")), help(words));
+        assert_snapshot!(format!("help_{}", words.join("_")), help(words));
     }
 }
 
@@ -180,9 +180,9 @@ fn usage_errors_exit_with_4() {
 #[test]
 fn a_missing_configuration() {
     let place = Place::new(None);
-    assert_snapshot!("missing config as text", place.run(&["plan"]));
+    assert_snapshot!("missing_config_as_text", place.run(&["plan"]));
     assert_snapshot!(
-        "missing config as json",
+        "missing_config_as_json",
         place.run(&["plan", "--output", "json"])
     );
 }
@@ -218,7 +218,7 @@ fn wrong_configurations() {
         let place = Place::new(Some(&text));
         let said = place.run(&["config", "check"]);
         assert_eq!(said.code, 4, "{name}: {said}");
-        assert_snapshot!(format!("config with {name}"), said);
+        assert_snapshot!(format!("config_with_{}", name.replace(' ', "_")), said);
         for command in ["plan", "apply", "status", "uninstall"] {
             let other = place.run(&[command]);
             assert_eq!((other.code, &other.stderr), (4, &said.stderr), "{command}");
@@ -232,7 +232,7 @@ fn wrong_configurations() {
     }
     let place = Place::new(Some(&GPU.replace("artifactsDir", "artifactDir")));
     assert_snapshot!(
-        "config with unknown key as json",
+        "config_with_unknown_key_as_json",
         place.run(&["apply", "--output", "json"])
     );
 }
@@ -240,9 +240,9 @@ fn wrong_configurations() {
 #[test]
 fn a_right_configuration() {
     let place = Place::new(Some(GPU));
-    assert_snapshot!("config check", place.run(&["config", "check"]));
+    assert_snapshot!("config_check", place.run(&["config", "check"]));
     assert_snapshot!(
-        "config check as json",
+        "config_check_as_json",
         place.run(&["config", "check", "--output", "json"])
     );
 }
@@ -254,9 +254,9 @@ fn containerd_is_not_running() {
     let before = place.files();
     let said = place.run(&["plan"]);
     assert_eq!(said.code, 8, "{said}");
-    assert_snapshot!("containerd not running", said);
+    assert_snapshot!("containerd_not_running", said);
     assert_snapshot!(
-        "containerd not running as json",
+        "containerd_not_running_as_json",
         place.run(&["plan", "--output", "json"])
     );
     assert_eq!(place.run(&["apply"]).code, 8);
@@ -267,7 +267,7 @@ fn containerd_is_not_running() {
 fn nothing_to_uninstall() {
     let place = Place::new(Some(GPU));
     let before = place.files();
-    assert_snapshot!("uninstall of nothing", place.run(&["uninstall"]));
+    assert_snapshot!("uninstall_of_nothing", place.run(&["uninstall"]));
     assert_eq!(place.files(), before, "something was made");
     assert_eq!(place.run(&["artifacts", "list"]).code, 0);
 }
@@ -276,7 +276,7 @@ fn nothing_to_uninstall() {
 fn runtime_classes() {
     let place = Place::new(Some(GPU));
     assert_snapshot!(
-        "runtimeclasses print",
+        "runtimeclasses_print",
         place.run(&["runtimeclasses", "print"])
     );
     let one = place.run(&[
@@ -286,9 +286,9 @@ fn runtime_classes() {
         "--output",
         "json",
     ]);
-    assert_snapshot!("runtimeclasses print of one as json", one);
+    assert_snapshot!("runtimeclasses_print_of_one_as_json", one);
     let none = place.run(&["runtimeclasses", "print", "nobody"]);
-    assert_snapshot!("runtimeclasses print of an unknown class", none);
+    assert_snapshot!("runtimeclasses_print_of_an_unknown_class", none);
 }
 
 #[test]
@@ -296,7 +296,7 @@ fn the_schema() {
     let said = Place::new(None).run(&["config", "schema"]);
     assert_eq!(said.code, 0, "{said}");
     serde_json::from_str::<serde_json::Value>(&said.stdout).unwrap();
-    assert_snapshot!("config schema", said.stdout);
+    assert_snapshot!("config_schema", said.stdout);
 }
 
 #[test]
