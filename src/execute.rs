@@ -8,7 +8,7 @@ use km_host::{HostPath, process};
 use km_runtimeclasses::GuestFile;
 
 use crate::config::{Artifacts, RestartMode};
-use crate::failure::Failure;
+use crate::failure::{Failure, Kind};
 use crate::journal::Journal;
 use crate::node::Node;
 use crate::observe::{self, Observation, SeenArtifact, SeenClass, SeenContainerd};
@@ -205,16 +205,22 @@ fn derive(
 }
 
 fn read_own(node: &Node, artifact: &Artifact, path: &str) -> Result<String> {
-    use std::io::Read as _;
     let file = artifact
         .file(path)
         .with_context(|| format!("{path} is in the artifact"))?;
+    if file.size > CONFIGURATION_LIMIT {
+        return Err(Failure::new(
+            Kind::Verification,
+            format!(
+                "the artifact's {path} has {}, and a Kata configuration at most {}",
+                output::bytes(file.size),
+                output::bytes(CONFIGURATION_LIMIT)
+            ),
+        )
+        .into());
+    }
     let at = node.store.file_path(file);
-    let mut text = String::new();
-    std::fs::File::open(&at)
-        .and_then(|opened| opened.take(CONFIGURATION_LIMIT).read_to_string(&mut text))
-        .map_err(km_host::Error::io("read", &at))?;
-    Ok(text)
+    Ok(std::fs::read_to_string(&at).map_err(km_host::Error::io("read", &at))?)
 }
 
 async fn register(
