@@ -9,11 +9,12 @@ use km_tests_e2e::containerd::{Options, Version};
 use km_tests_e2e::sandbox::Sandbox;
 use km_tests_e2e::suite::Test;
 
-use super::node::{DEMO, Node};
+use super::node::{DEMO, Node, names};
 
 pub(crate) const TESTS: &[Test] = &[
     ("apply_is_killed", apply_is_killed),
     ("uninstall_is_killed", uninstall_is_killed),
+    ("taking_over_is_killed", taking_over_is_killed),
 ];
 
 /// Set to kill after every single state change, however long that takes; else only some of those are met that concern no
@@ -165,6 +166,57 @@ fn uninstall_is_killed(sandbox: &Sandbox) -> Result<()> {
             node.apply(&[DEMO])?;
         }
         node.uninstall_after_a_kill(&known.before)?;
+        Ok(killed)
+    })
+}
+
+/// A foreign handler and a folder under the class's name: both must come back, whatever was killed between.
+fn taking_over_is_killed(sandbox: &Sandbox) -> Result<()> {
+    let options = Options::new(Version::V1_7).handler(DEMO, "io.containerd.runc.v2");
+    let node = Node::start(sandbox, &options)?;
+    let original = fs::read(node.containerd.config())?;
+    let file = node.artifacts.join(DEMO).join("theirs");
+    fs::create_dir_all(node.artifacts.join(DEMO))?;
+    fs::write(&file, "theirs")?;
+    let given_back = || -> Result<()> {
+        let removed = node.km.expect(&["uninstall"], 0)?;
+        ensure!(
+            fs::read(&file).is_ok_and(|text| text == b"theirs"),
+            "the folder is not back: {removed}"
+        );
+        ensure!(
+            names(&node.artifacts)? == [DEMO],
+            "more is left than the folder: {removed}"
+        );
+        let now = fs::read(node.containerd.config())?;
+        ensure!(
+            now == original,
+            "not the original:\n{}\n{removed}",
+            String::from_utf8_lossy(&now)
+        );
+        ensure!(node.containerd.cri().handlers()? == [DEMO, "runc"]);
+        Ok(())
+    };
+    let (applied, changes) = node.km.traced(sandbox, &["apply", "--adopt"])?;
+    applied.success()?;
+    let adopted = fs::read(node.containerd.config())?;
+    given_back()?;
+    at_each("apply --adopt", &changes, |n| {
+        let killed = node.km.killed_after(sandbox, &["apply", "--adopt"], n)?;
+        let now = fs::read(node.containerd.config())?;
+        ensure!(
+            now == original || now == adopted,
+            "neither old nor new:\n{}",
+            String::from_utf8_lossy(&now)
+        );
+        node.store_is_whole()?;
+        node.containerd.wait_up()?;
+        if n % 3 != 0 {
+            node.km.expect(&["apply", "--adopt"], 0)?;
+            ensure!(fs::read(node.containerd.config())? == adopted);
+            ensure!(node.artifacts.join(DEMO).is_symlink());
+        }
+        given_back()?;
         Ok(killed)
     })
 }

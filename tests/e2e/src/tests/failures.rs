@@ -36,6 +36,11 @@ pub(crate) const TESTS: &[Test] = &[
         "containerd_does_not_come_back",
         containerd_does_not_come_back,
     ),
+    ("a_restart_that_is_none", a_restart_that_is_none),
+    (
+        "a_restart_program_that_is_not_there",
+        a_restart_program_that_is_not_there,
+    ),
     ("containerds_file_is_broken", containerds_file_is_broken),
     ("etc_is_read_only", etc_is_read_only),
     ("provider_is_incomplete", provider_is_incomplete),
@@ -216,6 +221,30 @@ fn containerd_does_not_come_back(sandbox: &Sandbox) -> Result<()> {
     node.containerd.refuse_to_start(None)?;
     node.containerd.start_again()?;
     ensure!(node.containerd.cri().handlers()? == ["runc"]);
+    recovers(&node)
+}
+
+/// containerd answers all the time, and never with the handler.
+fn a_restart_that_is_none(sandbox: &Sandbox) -> Result<()> {
+    let node = demo_node(sandbox)?;
+    let good = fs::read_to_string(&node.config)?;
+    let command = format!("command: {:?}", node.containerd.restart_command());
+    node.reconfigure(&command, "command: [/bin/true]")?;
+    node.reconfigure("readyTimeoutSeconds: 20", "readyTimeoutSeconds: 2")?;
+    node.refuses(&["apply"], 8, &[DEMO])?;
+    fs::write(&node.config, good)?;
+    recovers(&node)
+}
+
+fn a_restart_program_that_is_not_there(sandbox: &Sandbox) -> Result<()> {
+    let node = demo_node(sandbox)?;
+    let good = fs::read_to_string(&node.config)?;
+    let command = format!("command: {:?}", node.containerd.restart_command());
+    node.reconfigure(&command, "command: [/nowhere/restart]")?;
+    let failed = node.km.expect(&["apply"], 8)?;
+    ensure!(failed.stderr.contains("/nowhere/restart"), "{failed}");
+    ensure!(node.containerd.cri().handlers()? == ["runc"]);
+    fs::write(&node.config, good)?;
     recovers(&node)
 }
 

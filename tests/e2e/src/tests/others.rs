@@ -141,7 +141,7 @@ fn a_second_apply_costs_nothing(sandbox: &Sandbox) -> Result<()> {
         Stamped::of(&node.containerd.config())? == config,
         "containerd's file was written"
     );
-    cheap(&node)
+    cheap(sandbox, &node)
 }
 
 /// Whether a traced call opens something for reading; the lock and devices may be opened for writing.
@@ -153,28 +153,24 @@ fn reads_only(call: &str) -> bool {
     opens && (!writes || call.contains("/state/lock\"") || call.contains("\"/dev/"))
 }
 
-/// Processor time of a second apply, the mean of ten.
+/// Processor time of a second apply, the mean of ten in one shell: its children's time is added up before it is rounded.
 #[expect(clippy::print_stdout, reason = "a measurement is to be seen")]
-fn cheap(node: &Node) -> Result<()> {
-    const RUNS: u64 = 10;
+fn cheap(sandbox: &Sandbox, node: &Node) -> Result<()> {
     /// proc(5): `/proc/PID/stat` counts in ticks of 1/100 s (USER_HZ).
     const TICK_MS: u64 = 10;
-    let mut ticks = 0;
-    for _ in 0..RUNS {
-        ticks += ticks_of(
-            node.km
-                .command(&["apply"])
-                .stdin(Stdio::null())
-                .stdout(Stdio::null())
-                .stderr(Stdio::null()),
-        )?;
-    }
-    let mean = ticks * TICK_MS / RUNS;
-    let release = node
-        .km
-        .binary()
-        .components()
-        .any(|part| part.as_os_str() == "release");
+    const RUNS: u64 = 10;
+    const LOOP: &str = "set -e; for run in 1 2 3 4 5 6 7 8 9 10; do \"$0\" apply; done";
+    let mut shell = Command::new(sandbox.parts().busybox());
+    shell
+        .args(["sh", "-c", LOOP])
+        .arg(node.km.binary())
+        .env("KATA_MANAGER_CONFIG", &node.config)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    let mean = ticks_of_children(&mut shell)? * TICK_MS / RUNS;
+    let path = node.km.binary();
+    let release = path.components().any(|part| part.as_os_str() == "release");
     println!("a second apply takes {mean} ms of processor time, release build: {release}");
     // A debug build is some times slower; what it must not do is far slower still.
     let most = if release { 50 } else { 400 };
@@ -185,8 +181,8 @@ fn cheap(node: &Node) -> Result<()> {
     Ok(())
 }
 
-/// User and system time of a program, read between its end and its burial.
-fn ticks_of(command: &mut Command) -> Result<u64> {
+/// User and system time of the children that a program waited for, read between its end and its burial.
+fn ticks_of_children(command: &mut Command) -> Result<u64> {
     let mut child = command.spawn()?;
     let pid = i32::try_from(child.id())
         .ok()
@@ -199,12 +195,12 @@ fn ticks_of(command: &mut Command) -> Result<u64> {
     let stat = fs::read_to_string(format!("/proc/{}/stat", child.id()))?;
     let status = child.wait()?;
     ensure!(status.success(), "{status}");
-    // proc(5): after the name in parentheses comes field 3; utime and stime are fields 14 and 15.
+    // proc(5): after the name in parentheses comes field 3; cutime and cstime are fields 16 and 17.
     let fields: Vec<&str> = stat
         .rsplit(") ")
         .next()
         .unwrap_or_default()
         .split(' ')
         .collect();
-    Ok(fields[11].parse::<u64>()? + fields[12].parse::<u64>()?)
+    Ok(fields[13].parse::<u64>()? + fields[14].parse::<u64>()?)
 }
