@@ -23,6 +23,11 @@ pub(crate) const TESTS: &[Test] = &[
     ("a_foreign_handler_2_x", |s| {
         a_foreign_handler(s, Version::V2)
     }),
+    (
+        "a_configuration_behind_a_link",
+        a_configuration_behind_a_link,
+    ),
+    ("restarts_are_somebody_elses", restarts_are_somebody_elses),
     ("a_second_apply_costs_nothing", a_second_apply_costs_nothing),
 ];
 
@@ -94,6 +99,48 @@ fn a_foreign_handler(sandbox: &Sandbox, version: Version) -> Result<()> {
     let again = node.km.expect(&["apply"], 0)?;
     ensure!(again.stdout.starts_with("Nothing to do"), "{again}");
     node.uninstall(&original, &[DEMO, "runc"])?;
+    Ok(())
+}
+
+fn a_configuration_behind_a_link(sandbox: &Sandbox) -> Result<()> {
+    let node = Node::start(sandbox, &Options::new(Version::V1_7))?;
+    let link = node.containerd.config();
+    let file = sandbox.folder("elsewhere")?.join("containerd.toml");
+    fs::rename(&link, &file)?;
+    std::os::unix::fs::symlink(&file, &link)?;
+    let original = fs::read(&file)?;
+    node.apply(&[DEMO])?;
+    ensure!(fs::read_link(&link)? == file, "the link was replaced");
+    ensure!(fs::read(&file)? != original, "its target was not written");
+    node.uninstall(&original, &["runc"])?;
+    ensure!(fs::read_link(&link)? == file, "the link was replaced");
+    let beside = super::node::names(file.parent().context("its folder")?)?;
+    ensure!(beside == ["containerd.toml"], "beside it lies {beside:?}");
+    Ok(())
+}
+
+/// `restart.mode: none`: everything is prepared, and containerd is left alone.
+fn restarts_are_somebody_elses(sandbox: &Sandbox) -> Result<()> {
+    let node = Node::start(sandbox, &Options::new(Version::V2))?;
+    let original = fs::read(node.containerd.config())?;
+    node.reconfigure("mode: command", "mode: none")?;
+    let applied = node.km.expect(&["apply"], 0)?;
+    ensure!(applied.stdout.contains("Restart containerd"), "{applied}");
+    ensure!(node.containerd.cri().handlers()? == ["runc"]);
+    let again = node.km.expect(&["apply"], 0)?;
+    ensure!(
+        node.containerd.restarts()? == 0,
+        "containerd was restarted: {again}"
+    );
+    node.containerd.restart()?;
+    ensure!(node.containerd.cri().handlers()? == [DEMO, "runc"]);
+    let again = node.km.expect(&["apply"], 0)?;
+    ensure!(again.stdout.starts_with("Nothing to do"), "{again}");
+    node.demo_runs()?;
+    node.km.expect(&["uninstall"], 0)?;
+    node.is_clean(&original)?;
+    node.containerd.restart()?;
+    ensure!(node.containerd.cri().handlers()? == ["runc"]);
     Ok(())
 }
 
