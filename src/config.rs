@@ -98,7 +98,9 @@ impl TryFrom<String> for Url {
     type Error = String;
 
     fn try_from(text: String) -> Result<Url, String> {
-        let reference = text.parse().map_err(|error| format!("{error}"))?;
+        let reference = text
+            .parse()
+            .map_err(|error| format!("{text:?} is no reference to an artifact: {error}"))?;
         Ok(Url { text, reference })
     }
 }
@@ -337,17 +339,19 @@ fn explain(error: &serde_saphyr::Error) -> Failure {
             .collect();
         nearest(unknown, &known)
     });
+    // The parser says the place last; it reads better first.
+    let said = first
+        .rsplit_once(" at line ")
+        .map_or(first, |(said, _)| said);
     let line = error
         .location()
-        .filter(|at| at.line() > 0 && !first.contains("line "))
-        .map(|at| format!("line {}: ", at.line()));
+        .filter(|at| at.line() > 0)
+        .map(|at| format!("line {}: ", at.line()))
+        .unwrap_or_default();
     let hint = nearest
         .map(|name| format!("; did you mean `{name}`?"))
         .unwrap_or_default();
-    Failure::new(
-        Kind::Configuration,
-        format!("{}{first}{hint}", line.unwrap_or_default()),
-    )
+    Failure::new(Kind::Configuration, format!("{line}{said}{hint}"))
 }
 
 /// The known name nearest to what was written, if any is near enough to be meant.

@@ -25,7 +25,8 @@ use crate::output::{self, Format};
 /// Begin with a configuration file (NVIDIA Kata Manager's config.yaml works), see what would change with "plan", and change
 /// it with "apply". "status" tells how the node stands, "uninstall" takes everything off.
 #[derive(Debug, Parser)]
-#[command(name = "kata-manager", version, max_term_width = 100, after_help = EXIT_CODES)]
+#[command(name = "kata-manager",
+    bin_name = "kata-manager", version, max_term_width = 100, after_help = EXIT_CODES)]
 struct Cli {
     #[command(flatten)]
     global: Global,
@@ -34,9 +35,15 @@ struct Cli {
 }
 
 const EXIT_CODES: &str = "Exit codes:
-  0 done, or nothing to do   2 plan --exit-code found changes   3 refused (in use, conflict, something is missing)
-  4 configuration or usage   5 registry or network              6 verification (digest, hostile content)
-  7 host (disk, permission)  8 containerd                       70 a bug of kata-manager";
+   0  done, or nothing to do
+   2  plan --exit-code found changes
+   3  refused: in use, conflict, something is missing, locked
+   4  configuration or usage
+   5  registry or network
+   6  verification: digest, hostile content
+   7  host: disk, permission
+   8  containerd
+  70  a bug of kata-manager";
 
 /// Options of every command.
 #[derive(Debug, clap::Args)]

@@ -173,7 +173,6 @@ fn remove_tree(folder: &Path) -> bool {
     fs::remove_dir(folder).is_ok()
 }
 
-#[tokio::test]
 async fn a_real_systemd_restarts_or_tells_why_not() {
     let Some(mut systemd) = Systemd::start() else {
         return;
@@ -272,3 +271,5 @@ async fn is_refused(manager: &Manager) {
         "masked"
     );
 }
+
+support::tests!(a_real_systemd_restarts_or_tells_why_not);

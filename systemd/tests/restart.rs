@@ -24,7 +24,6 @@ async fn start(policy: &str) -> Option<(Bus, StandIn, Manager)> {
     Some((bus, systemd, manager))
 }
 
-#[tokio::test]
 async fn a_restart_gives_the_new_state() {
     let Some((_bus, _systemd, manager)) = start("").await else {
         return;
@@ -43,7 +42,6 @@ async fn a_restart_gives_the_new_state() {
     assert_eq!(manager.unit("good.service").await.unwrap(), want);
 }
 
-#[tokio::test]
 async fn a_job_that_ends_before_the_reply_among_many_is_found() {
     let Some((_bus, _systemd, manager)) = start("").await else {
         return;
@@ -57,7 +55,6 @@ async fn a_job_that_ends_before_the_reply_among_many_is_found() {
     );
 }
 
-#[tokio::test]
 async fn a_failed_job_tells_the_unit_s_state() {
     let Some((_bus, _systemd, manager)) = start("").await else {
         return;
@@ -87,7 +84,6 @@ async fn a_failed_job_tells_the_unit_s_state() {
     );
 }
 
-#[tokio::test]
 async fn a_job_that_never_ends_is_given_up_at_the_deadline() {
     let Some((_bus, _systemd, manager)) = start("").await else {
         return;
@@ -112,7 +108,6 @@ async fn a_job_that_never_ends_is_given_up_at_the_deadline() {
     );
 }
 
-#[tokio::test]
 async fn a_unit_that_is_not_there_is_named() {
     let Some((_bus, _systemd, manager)) = start("").await else {
         return;
@@ -128,7 +123,6 @@ async fn a_unit_that_is_not_there_is_named() {
     }
 }
 
-#[tokio::test]
 async fn a_refusal_keeps_systemd_s_words() {
     let Some((_bus, _systemd, manager)) = start("").await else {
         return;
@@ -148,7 +142,6 @@ async fn a_refusal_keeps_systemd_s_words() {
     );
 }
 
-#[tokio::test]
 async fn systemd_s_and_polkit_s_denials_are_told() {
     let Some((_bus, _systemd, manager)) = start("").await else {
         return;
@@ -160,7 +153,6 @@ async fn systemd_s_and_polkit_s_denials_are_told() {
     }
 }
 
-#[tokio::test]
 async fn the_bus_s_own_denial_is_told() {
     let deny =
         r#"<deny send_interface="org.freedesktop.systemd1.Manager" send_member="RestartUnit"/>"#;
@@ -171,7 +163,6 @@ async fn the_bus_s_own_denial_is_told() {
     assert!(matches!(&error, Error::Denied { .. }), "{error:?}");
 }
 
-#[tokio::test]
 async fn a_bus_without_systemd_is_told() {
     let Some(bus) = Bus::start("") else { return };
     let error = Manager::connect(&bus.socket(), LONG).await.unwrap_err();
@@ -179,7 +170,6 @@ async fn a_bus_without_systemd_is_told() {
 }
 
 /// dbus-daemon starts a name's owner by a service file; Debian's for systemd runs /bin/false, for hosts without it.
-#[tokio::test]
 async fn a_bus_that_cannot_start_systemd_is_told() {
     let Some(bus) = Bus::start("") else { return };
     let file = bus
@@ -193,7 +183,6 @@ async fn a_bus_that_cannot_start_systemd_is_told() {
     assert!(matches!(&error, Error::NoSystemd { .. }), "{error:?}");
 }
 
-#[tokio::test]
 async fn no_bus_is_told() {
     let dir = tempfile::tempdir().unwrap();
     let error = Manager::connect(&dir.path().join("system_bus_socket"), LONG)
@@ -205,7 +194,6 @@ async fn no_bus_is_told() {
     assert_eq!(why.kind(), io::ErrorKind::NotFound);
 }
 
-#[tokio::test]
 async fn a_socket_that_says_nothing_ends_at_the_deadline() {
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("bus");
@@ -214,7 +202,6 @@ async fn a_socket_that_says_nothing_ends_at_the_deadline() {
     assert!(matches!(&error, Error::Timeout { .. }), "{error:?}");
 }
 
-#[tokio::test]
 async fn a_bus_that_dies_ends_the_wait_at_once() {
     let Some((mut bus, systemd, manager)) = start("").await else {
         return;
@@ -230,3 +217,19 @@ async fn a_bus_that_dies_ends_the_wait_at_once() {
     assert!(matches!(&error, Error::Bus { .. }), "{error:?}");
     assert!(before.elapsed() < LONG / 2);
 }
+
+support::tests!(
+    a_restart_gives_the_new_state,
+    a_job_that_ends_before_the_reply_among_many_is_found,
+    a_failed_job_tells_the_unit_s_state,
+    a_job_that_never_ends_is_given_up_at_the_deadline,
+    a_unit_that_is_not_there_is_named,
+    a_refusal_keeps_systemd_s_words,
+    systemd_s_and_polkit_s_denials_are_told,
+    the_bus_s_own_denial_is_told,
+    a_bus_without_systemd_is_told,
+    a_bus_that_cannot_start_systemd_is_told,
+    no_bus_is_told,
+    a_socket_that_says_nothing_ends_at_the_deadline,
+    a_bus_that_dies_ends_the_wait_at_once
+);

@@ -1,25 +1,60 @@
 //! A private message bus for the tests: Debian's real dbus-daemon on a socket in a temporary folder.
 
 #![allow(dead_code, reason = "each test binary uses a part of it")]
-#![allow(
-    clippy::unwrap_used,
-    clippy::print_stderr,
-    reason = "test support outside of test functions"
-)]
+#![allow(clippy::unwrap_used, reason = "test support outside of test functions")]
 
 pub(crate) mod standin;
 
+use std::cell::RefCell;
 use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::pin::Pin;
+use std::process::{Child, Command, ExitCode, Stdio};
 
+use libtest_mimic::{Arguments, Completion, Trial};
 use tempfile::TempDir;
 
-/// Says on standard error why a test did nothing, in a form that the test runner's log can be searched for.
-pub(crate) fn skipped(why: &str) {
-    eprintln!("skipped: {why}");
+thread_local! {
+    /// Why the test that runs on this thread does nothing, if it does.
+    static SKIPPED: RefCell<Option<String>> = const { RefCell::new(None) };
 }
+
+/// Says why a test does nothing: it is counted as ignored then, never as passed.
+pub(crate) fn skipped(why: &str) {
+    SKIPPED.with(|skipped| *skipped.borrow_mut() = Some(why.to_owned()));
+}
+
+/// A test: its future runs on the thread that the trial was given.
+pub(crate) type Test = (&'static str, fn() -> Pin<Box<dyn Future<Output = ()>>>);
+
+/// Runs tests as trials that can be ignored with a reason.
+pub(crate) fn run(tests: &[Test]) -> ExitCode {
+    let trials = tests.iter().map(|(name, test)| {
+        let test = *test;
+        Trial::ignorable_test(*name, move || {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()?;
+            runtime.block_on(test());
+            Ok(match SKIPPED.with(RefCell::take) {
+                Some(why) => Completion::ignored_with(why),
+                None => Completion::Completed,
+            })
+        })
+    });
+    libtest_mimic::run(&Arguments::from_args(), trials.collect()).exit_code()
+}
+
+/// The main of a test binary: these functions are its tests.
+macro_rules! tests {
+    ($($name:ident),+ $(,)?) => {
+        fn main() -> std::process::ExitCode {
+            support::run(&[$((stringify!($name), || Box::pin($name()))),+])
+        }
+    };
+}
+pub(crate) use tests;
 
 /// A program's path, if this machine has it.
 pub(crate) fn program(name: &str) -> Option<PathBuf> {
