@@ -209,7 +209,7 @@ pub fn sync_dir(path: &Path) -> Result<(), Error> {
         .map_err(Error::io("sync folder", path))
 }
 
-/// Removes what a killed [`write`] or [`symlink`] of `path` may have left beside it.
+/// Removes what a killed [`write()`] or [`symlink`] of `path` may have left beside it.
 ///
 /// # Errors
 /// When a leftover is there and cannot be removed.

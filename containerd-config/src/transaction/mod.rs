@@ -1,7 +1,7 @@
 //! Making an edit of containerd's configuration live, or putting everything back.
 //!
 //! The steps, in order: the file still is what the edit was made from; containerd's own reading of the new file is as
-//! meant ([`check`]); what would be owed after a crash is recorded in the caller's [`Journal`]; the old file is backed up
+//! meant (`check`); what would be owed after a crash is recorded in the caller's [`Journal`]; the old file is backed up
 //! with its digest; the new one replaces it in one rename; containerd is restarted, and asked until it reports every
 //! wanted handler. If it does not within the deadline, the backup is restored, containerd restarted again, and the error
 //! tells both the cause and how the restoration went.
