@@ -6,11 +6,13 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use km_artifacts::Store;
 use km_artifacts::registry::{Client, ClientOptions, Credentials};
+use km_host::lock::Lock;
 use km_host::{HostPath, Root};
 
 use crate::config::{self, Config};
 use crate::daemon::Daemon;
 use crate::failure::{Failure, Kind};
+use crate::journal::Journal;
 
 /// How long containerd may take to answer one question.
 pub(crate) const ANSWER: Duration = Duration::from_secs(10);
@@ -47,6 +49,21 @@ impl Node {
             store,
             lock_wait,
         })
+    }
+
+    /// Makes what the store lacks, takes its lock and opens the journal, which remembers the folders that were made.
+    pub(crate) fn lock(&self) -> Result<(Lock, Journal)> {
+        let made = self.store.init()?;
+        let lock = self.store.lock(self.lock_wait)?;
+        let mut journal = Journal::open(&self.store.state_dir())?;
+        journal.update(|record| {
+            for folder in made {
+                if !record.store_folders.contains(&folder) {
+                    record.store_folders.push(folder);
+                }
+            }
+        })?;
+        Ok((lock, journal))
     }
 
     /// containerd's configuration file and the path that it is told, as this process sees them.

@@ -36,16 +36,7 @@ pub(super) async fn run(global: &Global, arguments: &Arguments) -> Result<()> {
         )
         .await?;
     }
-    let made = node.store.init()?;
-    let _lock = node.store.lock(node.lock_wait)?;
-    let mut journal = Journal::open(&node.store.state_dir())?;
-    journal.update(|record| {
-        let news = made
-            .into_iter()
-            .filter(|folder| !record.store_folders.contains(folder))
-            .collect::<Vec<_>>();
-        record.store_folders.extend(news);
-    })?;
+    let (_lock, mut journal) = node.lock()?;
     execute::settle(&node, &mut journal).await?;
     let (seen, prepared) =
         super::plan::prepare(&node, &client, &journal, adopts(arguments, saved.as_ref())).await?;

@@ -102,10 +102,7 @@ async fn pull(global: &Global, node: &Node, references: &[String]) -> Result<()>
             .resolve(&reference, &Platform::host())
             .await
             .with_context(|| format!("cannot look up {reference}"))?;
-        let made = node.store.init()?;
-        let _lock = node.store.lock(node.lock_wait)?;
-        let mut journal = crate::journal::Journal::open(&node.store.state_dir())?;
-        journal.update(|record| record.store_folders.extend(made))?;
+        let _lock = node.lock()?;
         let artifact = km_artifacts::pull(
             &node.store,
             &client,

@@ -4,7 +4,6 @@ use anyhow::Result;
 
 use super::Global;
 use crate::execute;
-use crate::journal::Journal;
 use crate::observe;
 use crate::output;
 use crate::remove::{self, Removed};
@@ -27,16 +26,7 @@ pub(super) async fn run(global: &Global, arguments: &Arguments) -> Result<()> {
             "Nothing to do: nothing of kata-manager is on this node.\n",
         );
     }
-    let made = node.store.init()?;
-    let _lock = node.store.lock(node.lock_wait)?;
-    let mut journal = Journal::open(&node.store.state_dir())?;
-    journal.update(|record| {
-        let news = made
-            .into_iter()
-            .filter(|folder| !record.store_folders.contains(folder))
-            .collect::<Vec<_>>();
-        record.store_folders.extend(news);
-    })?;
+    let (_lock, mut journal) = node.lock()?;
     execute::settle(&node, &mut journal).await?;
     let seen = observe::containerd(&node, &journal).await?;
     remove::handlers(&node, &mut journal, &seen, arguments.force, &mut removed).await?;
