@@ -1,4 +1,7 @@
 //! Boots a kernel and an initrd in a real QEMU, with its software processor: /dev/kvm is not needed, and not trusted.
+//!
+//! QEMU 7.2 will not do: of 100 boots of a 6.12 kernel, about 8 ended in a kernel panic somewhere else each time, whatever the
+//! processor model. None of 80 did with 11.1.
 
 use std::path::Path;
 use std::process::Command;
