@@ -3,7 +3,8 @@
 .NOTPARALLEL:
 
 TARGET := $(abspath $(or $(CARGO_TARGET_DIR),target))
-KM := $(TARGET)/release/kata-manager
+HOST := $(shell rustc -vV | sed -n 's/^host: //p')
+KM := $(TARGET)/$(HOST)/release/kata-manager
 
 # The main job, for real: registry, containerd, two guests, apply, a pod, a boot, uninstall.
 demo: build
@@ -29,8 +30,10 @@ e2e: build
 	hack/dumps
 	KM_BIN=$(KM) cargo run --quiet --locked -p km-tests-e2e --bin km-tests-e2e
 
+# One static program: it runs on any Linux of this architecture, and from an empty container image.
 build:
-	cargo build --release --locked -p kata-manager
+	cargo build --release --locked -p kata-manager --target $(HOST) --config 'target.$(HOST).rustflags=["-Ctarget-feature=+crt-static"]'
+	@! readelf --program-headers $(KM) | grep INTERP || { echo "$(KM) is not static"; exit 1; }
 
 clean:
 	cargo clean

@@ -16,6 +16,7 @@ mod authorize;
 mod blob;
 mod challenge;
 mod credentials;
+mod dns;
 mod error;
 mod manifest;
 mod options;

@@ -7,13 +7,14 @@
 
 use std::error::Error as StdError;
 use std::io;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use reqwest::header::{ACCEPT_ENCODING, AUTHORIZATION, HeaderMap, HeaderValue, LOCATION};
 use reqwest::{Body, Certificate, Method, Response, StatusCode, Url};
 
+use super::dns::SystemResolver;
 use super::options::{ClientOptions, Endpoint, authority, is_loopback};
 use super::retry::Failure;
 use super::{Error, Result};
@@ -295,6 +296,7 @@ impl Transport {
                 .redirect(reqwest::redirect::Policy::none())
                 .retry(reqwest::retry::never())
                 .referer(false)
+                .dns_resolver(Arc::new(SystemResolver::default()))
                 .no_gzip()
                 .no_brotli()
                 .no_zstd()
