@@ -7,6 +7,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::process::{self, Daemon, Finished};
@@ -173,7 +174,9 @@ impl Km {
                 continue;
             }
             seen = stops.len();
-            let process = stopped_process(stops[seen - 1])?;
+            let Some(process) = stopped_process(stops[seen - 1])? else {
+                continue;
+            };
             if seen >= n {
                 kill_process(process, Signal::KILL).context("kill it")?;
                 wait::until("strace to end", Duration::from_secs(10), || {
@@ -229,22 +232,50 @@ fn stops(log: &Path) -> Result<Vec<i32>> {
         .collect()
 }
 
-/// The process of a thread, once all of its threads stand still.
-fn stopped_process(thread: i32) -> Result<Pid> {
-    let status =
-        fs::read_to_string(format!("/proc/{thread}/status")).context("find the process")?;
+/// The process of a thread, once all of its threads stand still; nothing when it has ended. A stop may be lost: when several
+/// threads make changes at once, the signal that lets the process go on also discards the stops that wait.
+fn stopped_process(thread: i32) -> Result<Option<Pid>> {
+    let Some(status) = of_process(fs::read_to_string(format!("/proc/{thread}/status")))? else {
+        return Ok(None);
+    };
     let process: i32 = status
         .lines()
         .find_map(|line| line.strip_prefix("Tgid:")?.trim().parse().ok())
         .context("a thread without a process")?;
-    wait::until("all threads to stop", Duration::from_secs(10), || {
-        for entry in fs::read_dir(format!("/proc/{process}/task"))? {
-            let stat = fs::read_to_string(entry?.path().join("stat"))?;
+    let stands = wait::until("all threads to stop", Duration::from_secs(10), || {
+        let Some(threads) = of_process(fs::read_dir(format!("/proc/{process}/task")))? else {
+            return Ok(false);
+        };
+        let mut stopped = false;
+        for thread in threads {
+            let Some(stat) = of_process(fs::read_to_string(thread?.path().join("stat")))? else {
+                continue;
+            };
             // proc(5): the state follows the name, which is in parentheses and may hold some.
             let state = stat.rsplit(") ").next().unwrap_or_default();
+            if state.starts_with(['Z', 'X']) {
+                continue; // It has ended; strace has yet to be told.
+            }
             ensure!(state.starts_with(['t', 'T']), "one still runs: {state}");
+            stopped = true;
         }
-        Ok(())
+        Ok(stopped)
     })?;
-    Pid::from_raw(process).context("a process without a number")
+    if !stands {
+        return Ok(None);
+    }
+    Pid::from_raw(process)
+        .map(Some)
+        .context("a process without a number")
+}
+
+/// What was read of a process; nothing when the process ended meanwhile.
+fn of_process<T>(read: std::io::Result<T>) -> Result<Option<T>> {
+    match read {
+        Ok(read) => Ok(Some(read)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        // ESRCH: it ended between the opening of the file and the reading.
+        Err(error) if error.raw_os_error() == Some(Errno::SRCH.raw_os_error()) => Ok(None),
+        Err(error) => Err(error).context("look at a process that is to be killed"),
+    }
 }
