@@ -1,0 +1,51 @@
+//! `artifacts`: guest artifacts between registries and the store. One file a subcommand.
+
+mod list;
+mod pull;
+mod push;
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use km_artifacts::reference::Reference;
+
+use super::Global;
+use crate::failure::{Failure, Kind};
+
+#[derive(Debug, clap::Subcommand)]
+pub(super) enum Command {
+    /// Publish a folder as a guest artifact: each file becomes a layer.
+    Push {
+        /// The folder.
+        dir: PathBuf,
+        /// Where to: registry/repository:tag.
+        reference: String,
+    },
+    /// Fetch and verify artifacts into the store, and switch nothing.
+    Pull {
+        /// What to fetch; everything that the configuration names when left out.
+        references: Vec<String>,
+    },
+    /// List the generations in the store.
+    List,
+}
+
+pub(super) async fn run(global: &Global, command: &Command) -> Result<()> {
+    let node = global.node()?;
+    match command {
+        Command::Push { dir, reference } => push::run(global, &node, dir, reference).await,
+        Command::Pull { references } => pull::run(global, &node, references).await,
+        Command::List => list::run(global, &node),
+    }
+}
+
+fn parse(text: &str) -> Result<Reference> {
+    text.parse().map_err(|error| {
+        Failure::because(
+            Kind::Configuration,
+            format!("{text:?} is no reference to an artifact"),
+            error,
+        )
+        .into()
+    })
+}
