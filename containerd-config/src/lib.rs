@@ -2,6 +2,7 @@
 //!
 //! - [`edit`] is pure: text in, text out. It finds tables with a TOML parser and changes the text by splices, so that every
 //!   byte that is not ours stays as it was, and removing is the exact inverse of adding.
+//! - [`effective`] reads what is in force: the main file and everything that it imports, merged as this containerd does.
 //! - [`transaction`] carries an edit out: check with containerd's own reading of it, back up, write, restart, wait until the
 //!   handlers are live, or put everything back.
 //! - [`handler`], [`live`] and [`shim`] say what a handler is, what containerd reports about one, and whether the program
@@ -20,6 +21,7 @@
 
 mod digest;
 pub mod edit;
+pub mod effective;
 pub mod handler;
 pub mod live;
 pub mod shim;

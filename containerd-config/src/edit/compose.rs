@@ -221,7 +221,7 @@ fn quoted(text: &str) -> String {
 }
 
 /// The line break that the text uses, by its first one.
-fn line_break(text: &str) -> &'static str {
+pub(super) fn line_break(text: &str) -> &'static str {
     match text.find('\n') {
         Some(at) if text[..at].ends_with('\r') => "\r\n",
         _ => "\n",

@@ -14,9 +14,9 @@ use super::{FoundHandler, Owner, settings_digest};
 use crate::handler::Settings;
 
 /// The CRI plugin's name in configuration version 2 (containerd 1.x, and accepted by 2.x).
-pub(super) const PLUGIN_V2: &str = "io.containerd.grpc.v1.cri";
+pub(crate) const PLUGIN_V2: &str = "io.containerd.grpc.v1.cri";
 /// The plugin with the runtimes in configuration version 3 and later (containerd 2.x).
-pub(super) const PLUGIN_V3: &str = "io.containerd.cri.v1.runtime";
+pub(crate) const PLUGIN_V3: &str = "io.containerd.cri.v1.runtime";
 /// Both names.
 pub(super) const PLUGINS: [&str; 2] = [PLUGIN_V2, PLUGIN_V3];
 
@@ -24,7 +24,7 @@ pub(super) const PLUGINS: [&str; 2] = [PLUGIN_V2, PLUGIN_V3];
 #[derive(Debug, Clone)]
 pub struct Document {
     /// The whole document as JSON.
-    pub(super) tree: Settings,
+    pub(crate) tree: Settings,
     /// Every table that has a header, the root first, in the order of the text.
     pub(super) sections: Vec<Section>,
     /// Handlers at the plugin name that counts for this version.
@@ -35,6 +35,8 @@ pub struct Document {
     pub(super) marks: Marks,
     /// Handlers of others that were adopted: their tables stand in comments.
     adopted: Vec<HandlerTable>,
+    /// Where `imports` stands in the text and what is in it, if it is there.
+    pub(super) imports: Option<ImportsValue>,
     /// Line of each root key.
     root_lines: Vec<(String, usize)>,
     version: Option<Result<u32, String>>,
@@ -47,6 +49,8 @@ pub(super) struct Section {
     pub(super) path: Vec<String>,
     /// Where the header's line begins.
     pub(super) start: usize,
+    /// The number of that line, from 1.
+    pub(super) line: usize,
     /// Where the line of the last value (or of the header, if there is none) ends, its line break included.
     pub(super) end: usize,
 }
@@ -67,6 +71,15 @@ pub(super) struct Obstacle {
     pub(super) line: usize,
     pub(super) key: String,
     pub(super) what: &'static str,
+}
+
+/// The value of `imports`.
+#[derive(Debug, Clone)]
+pub(super) struct ImportsValue {
+    /// Where the array stands, its brackets included; `None` if it is no array.
+    pub(super) span: Option<Range<usize>>,
+    /// Its elements: what each says (`None` if it is no string) and where it stands.
+    pub(super) elements: Vec<(Option<String>, Range<usize>)>,
 }
 
 impl Document {
@@ -103,6 +116,7 @@ impl Document {
             obstacle,
             adopted: read_adopted(text, &lines, &marks, plugin),
             marks,
+            imports: root.get("imports").map(read_imports),
             root_lines: root_lines(&lines, root),
             version,
         })
@@ -180,6 +194,48 @@ impl Document {
         self.sections.iter().filter(move |section| {
             handler_of(&section.path) == Some(name) && section.path[1] == plugin
         })
+    }
+
+    /// The runtime handlers below the name of one plugin, whatever the file's version is.
+    pub(crate) fn handlers_at(&self, plugin: &str) -> Vec<FoundHandler> {
+        if plugin == self.plugin() {
+            return self.handlers();
+        }
+        let runtimes = self
+            .tree
+            .get("plugins")
+            .and_then(|plugins| plugins.get(plugin)?.get("containerd")?.get("runtimes"))
+            .and_then(Json::as_object);
+        let own = self.own_names();
+        let tables = runtimes.into_iter().flatten();
+        tables
+            .filter_map(|(name, table)| {
+                let path = |section: &&Section| {
+                    handler_of(&section.path) == Some(name) && section.path[1] == plugin
+                };
+                Some(FoundHandler {
+                    name: name.clone(),
+                    owner: if own.contains(name) {
+                        Owner::Ours
+                    } else {
+                        Owner::Foreign
+                    },
+                    settings: table.as_object()?.clone(),
+                    line: self.sections.iter().find(path).map_or(1, |section| section.line),
+                })
+            })
+            .collect()
+    }
+
+    /// Whether there is a table of this plugin.
+    pub(crate) fn has_plugin(&self, plugin: &str) -> bool {
+        self.plugins().any(|name| name == plugin)
+    }
+
+    /// The plugins that have a table.
+    pub(crate) fn plugins(&self) -> impl Iterator<Item = &str> {
+        let plugins = self.tree.get("plugins").and_then(Json::as_object);
+        plugins.into_iter().flatten().map(|(name, _)| name.as_str())
     }
 
     /// Files that this one imports, as written: globs and relative paths are not resolved.
@@ -294,6 +350,17 @@ fn read_version(item: &Item) -> Result<u32, String> {
         .ok_or_else(|| item.to_string().trim().to_owned())
 }
 
+fn read_imports(item: &Item) -> ImportsValue {
+    let array = item.as_array();
+    let elements = array.into_iter().flatten();
+    ImportsValue {
+        span: array.and_then(toml_edit::Array::span),
+        elements: elements
+            .map(|value| (value.as_str().map(str::to_owned), value.span().unwrap_or_default()))
+            .collect(),
+    }
+}
+
 fn root_lines(lines: &Lines<'_>, root: &Table) -> Vec<(String, usize)> {
     root.iter()
         .filter_map(|(name, _)| {
@@ -317,6 +384,7 @@ impl Sections<'_> {
         self.found.push(Section {
             path: Vec::new(),
             start,
+            line: 1,
             end: start,
         });
         self.keys(root, &mut Vec::new(), 0);
@@ -328,6 +396,7 @@ impl Sections<'_> {
         self.found.push(Section {
             path: path.clone(),
             start: self.lines.start(span.start),
+            line: self.lines.number(span.start),
             end: self.lines.end(span.end),
         });
         self.keys(table, path, index);

@@ -47,6 +47,12 @@ pub enum EditError {
         /// The value as written.
         value: String,
     },
+    /// `imports` is no list, so containerd does not start with the file.
+    #[error("line {line}: `imports` is no list of files. Make it one, such as imports = [], then try again")]
+    BadImports {
+        /// The line of the key.
+        line: usize,
+    },
     /// The CRI plugin is switched off, so no handler would ever be used.
     #[error(
         "line {line}: `disabled_plugins` has {plugin:?}, so containerd serves no pods at all (Docker's package ships it so). \

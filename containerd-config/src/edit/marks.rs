@@ -25,8 +25,12 @@ pub(super) const BEGIN_HANDLERS: &str = "# >>> kata-manager: runtime handlers, a
 /// First line of the block with the version.
 pub(super) const BEGIN_VERSION: &str =
     "# >>> kata-manager: version, added because the file had no settings";
+/// First line of the block with the import of our drop-in.
+pub(super) const BEGIN_IMPORTS: &str = "# >>> kata-manager: imports, added by \"kata-manager apply\"; \"kata-manager uninstall\" removes them";
 /// What the second word of the version block's first line is.
 const VERSION_WORD: &str = "version";
+/// What the second word of the import block's first line is.
+const IMPORTS_WORD: &str = "imports";
 /// The line with the [`State`].
 pub(super) const STATE: &str = "# kata-manager state: ";
 /// The last line of a block.
@@ -38,6 +42,7 @@ pub(super) const KEPT: &str = "#kata-manager:kept# ";
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct State {
     /// The handlers of the block, each with the short digest of its settings as they were written.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub(super) handlers: BTreeMap<String, String>,
     /// The text before the block had no line break at its end: the one that is there is ours.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
@@ -85,6 +90,8 @@ pub(super) struct VersionBlock {
 pub(super) struct Marks {
     pub(super) blocks: Vec<Block>,
     pub(super) version: Option<VersionBlock>,
+    /// The block with the import of our drop-in; `super::imports` knows it, nothing else touches it.
+    pub(super) imports: Option<Block>,
     /// Where each line begins that starts with [`KEPT`].
     pub(super) kept: Vec<usize>,
     /// Last lines without a first one.
@@ -133,6 +140,7 @@ enum Open {
     Nothing,
     Handlers,
     Version,
+    Imports,
 }
 
 /// Finds our lines. Lines inside `multiline` values are text of somebody's value, whatever they look like.
@@ -159,7 +167,7 @@ pub(super) fn find(text: &str, lines: &Lines<'_>, multiline: &[Range<usize>]) ->
                 open = Open::Nothing;
             }
         } else if let Some(state) = words.strip_prefix(STATE)
-            && let (Open::Handlers, Some(block)) = (&open, marks.blocks.last_mut())
+            && let Some(block) = marks.open_block(&open)
         {
             block.state = serde_json::from_str(state).ok();
             block.state_line = Some(range);
@@ -169,7 +177,28 @@ pub(super) fn find(text: &str, lines: &Lines<'_>, multiline: &[Range<usize>]) ->
 }
 
 impl Marks {
+    fn open_block(&mut self, open: &Open) -> Option<&mut Block> {
+        match open {
+            Open::Handlers => self.blocks.last_mut(),
+            Open::Imports => self.imports.as_mut(),
+            Open::Nothing | Open::Version => None,
+        }
+    }
+
     fn open(&mut self, kind: &str, begin: Range<usize>, length: usize) -> Open {
+        if kind.starts_with(IMPORTS_WORD) {
+            // A second one is a copy that somebody made: its lines are comments and settings of theirs.
+            if self.imports.is_none() {
+                self.imports = Some(Block {
+                    begin,
+                    state_line: None,
+                    state: None,
+                    end: length..length,
+                });
+                return Open::Imports;
+            }
+            return Open::Nothing;
+        }
         if kind.starts_with(VERSION_WORD) {
             if let Some(other) = self.version.take() {
                 self.strays.extend([other.begin, other.end]);
@@ -194,6 +223,11 @@ impl Marks {
         match (open, self.blocks.last_mut(), &mut self.version) {
             (Open::Handlers, Some(block), _) => block.end = end,
             (Open::Version, _, Some(version)) => version.end = end,
+            (Open::Imports, ..) => {
+                if let Some(block) = &mut self.imports {
+                    block.end = end;
+                }
+            }
             _ => {}
         }
     }

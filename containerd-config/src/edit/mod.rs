@@ -10,6 +10,7 @@
 mod compose;
 mod document;
 mod error;
+mod imports;
 mod lines;
 mod marks;
 mod strip;
@@ -20,7 +21,10 @@ mod verify;
 use std::collections::{BTreeMap, BTreeSet};
 
 pub use document::Document;
+pub(crate) use document::{PLUGIN_V2, PLUGIN_V3};
 pub use error::{EditError, ParseError};
+pub(crate) use imports::own_import;
+pub use imports::{EditedImport, add_import, remove_import};
 
 use crate::digest::Digest;
 use crate::handler::{Handler, Settings};

@@ -269,7 +269,7 @@ fn line_break_before(text: &str, at: usize) -> usize {
 }
 
 /// Sorts ranges and joins those that touch or overlap; drops empty ones.
-fn merged(mut ranges: Vec<Range<usize>>) -> Vec<Range<usize>> {
+pub(super) fn merged(mut ranges: Vec<Range<usize>>) -> Vec<Range<usize>> {
     ranges.retain(|range| !range.is_empty());
     ranges.sort_by_key(|range| range.start);
     let mut joined: Vec<Range<usize>> = Vec::with_capacity(ranges.len());
@@ -282,7 +282,7 @@ fn merged(mut ranges: Vec<Range<usize>>) -> Vec<Range<usize>> {
     joined
 }
 
-fn without(text: &str, cuts: &[Range<usize>]) -> String {
+pub(super) fn without(text: &str, cuts: &[Range<usize>]) -> String {
     let mut kept = String::with_capacity(text.len());
     let mut at = 0;
     for cut in cuts {

@@ -81,6 +81,21 @@ pub(super) fn default_runtime(
     }
 }
 
+/// Two documents are the same but for some root keys.
+pub(super) fn same_but_for(
+    before: &Settings,
+    after: &Settings,
+    keys: &[&str],
+    when: &str,
+) -> Result<(), EditError> {
+    let [mut before, mut after] = [before.clone(), after.clone()];
+    for key in keys {
+        before.shift_remove(*key);
+        after.shift_remove(*key);
+    }
+    same(&before, &after, when)
+}
+
 fn same(expected: &Settings, found: &Settings, when: &str) -> Result<(), EditError> {
     if expected == found {
         return Ok(());

@@ -2,6 +2,7 @@
 
 mod examples;
 mod fixtures;
+mod imports;
 mod properties;
 
 use super::*;
