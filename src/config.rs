@@ -169,9 +169,38 @@ pub(crate) struct Containerd {
     #[serde(default)]
     #[schemars(with = "Option<String>")]
     pub(crate) binary: Option<HostPath>,
+    /// Where the handlers are written.
+    #[serde(default)]
+    pub(crate) placement: Placement,
+    /// Leave handlers of ours as somebody edited them, as `apply --keep-drift` does; else they are put right.
+    #[serde(default)]
+    pub(crate) keep_drift: bool,
     /// How it is restarted.
     #[serde(default)]
     pub(crate) restart: Restart,
+}
+
+/// Where handlers are written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub(crate) enum Placement {
+    /// Where they are; else in a drop-in on containerd 2.x, and in the main file on 1.x.
+    #[default]
+    Auto,
+    /// In the main file.
+    Main,
+    /// In a drop-in that the main file imports. Only containerd 2.x: 1.x would lose every other handler and setting.
+    DropIn,
+}
+
+impl From<Placement> for km_containerd_config::place::Placement {
+    fn from(placement: Placement) -> Self {
+        match placement {
+            Placement::Auto => Self::Auto,
+            Placement::Main => Self::Main,
+            Placement::DropIn => Self::DropIn,
+        }
+    }
 }
 
 impl Default for Containerd {
@@ -180,6 +209,8 @@ impl Default for Containerd {
             config: default_containerd_config(),
             socket: default_containerd_socket(),
             binary: None,
+            placement: Placement::Auto,
+            keep_drift: false,
             restart: Restart::default(),
         }
     }

@@ -1,17 +1,20 @@
 //! Carries a plan out: fetch, make generations, switch, register; and undoes the switches when registering fails.
 
+mod containerd;
+
 use anyhow::{Context as _, Result};
 use km_artifacts::registry::Client;
 use km_artifacts::{Artifact, DerivedFile, GenerationMeta, Limits};
-use km_containerd_config::transaction::{self, Change, Deadlines, Progress};
 use km_host::{HostPath, process};
 use km_runtimeclasses::GuestFile;
 
-use crate::config::{Artifacts, RestartMode};
+pub(crate) use containerd::{change, report, settle};
+
+use crate::config::Artifacts;
 use crate::failure::{Failure, Kind};
 use crate::journal::Journal;
 use crate::node::Node;
-use crate::observe::{self, Observation, SeenArtifact, SeenClass, SeenContainerd};
+use crate::observe::{self, Observation, SeenArtifact, SeenClass};
 use crate::output;
 use crate::plan::{ClassWork, Prepared};
 use crate::progress::Shown;
@@ -19,23 +22,6 @@ use crate::wanted;
 
 /// The largest configuration of an artifact that is read, in bytes.
 const CONFIGURATION_LIMIT: u64 = 1 << 20;
-
-/// Settles what a process that was killed left owing. The lock is held.
-pub(crate) async fn settle(node: &Node, journal: &mut Journal) -> Result<()> {
-    let (path, told) = node.containerd_config()?;
-    let Some(owed) = journal.record().owed.clone() else {
-        return Ok(transaction::remove_leftovers(&path)
-            .and_then(|()| transaction::remove_leftovers(&told))?);
-    };
-    output::to_stderr("finishing what an earlier run was killed in");
-    let recorded = owed.want_live.clone();
-    let resumed = transaction::resume(&owed, &node.daemon()?, journal, &mut report).await?;
-    transaction::remove_leftovers(&path)?;
-    if resumed == transaction::Resumed::Finished {
-        journal.update(|record| record.handlers = recorded)?;
-    }
-    Ok(())
-}
 
 /// Carries out what was prepared. The lock is held.
 pub(crate) async fn execute(
@@ -77,7 +63,7 @@ async fn switch_and_register<'a>(
             node.store.activate(&class.class.name, *number)?;
         }
     }
-    register(node, journal, &seen.containerd, prepared).await
+    containerd::register(node, journal, &seen.containerd, prepared).await
 }
 
 /// Points classes back at what they pointed at. Each failure is said: the first error is the one that is returned.
@@ -221,67 +207,6 @@ fn read_own(node: &Node, artifact: &Artifact, path: &str) -> Result<String> {
     }
     let at = node.store.file_path(file);
     Ok(std::fs::read_to_string(&at).map_err(km_host::Error::io("read", &at))?)
-}
-
-async fn register(
-    node: &Node,
-    journal: &mut Journal,
-    seen: &SeenContainerd,
-    prepared: &Prepared,
-) -> Result<()> {
-    let mut change = change(node, seen, &prepared.edited, journal);
-    change.want_live.clone_from(&seen.wanted);
-    change.restart_owed = prepared.restart_owed;
-    transaction::run(&change, &node.daemon()?, journal, &mut report).await?;
-    let wanted = seen.wanted.clone();
-    journal.update(|record| record.handlers = wanted)
-}
-
-/// The change of containerd's configuration that an edit stands for.
-pub(crate) fn change(
-    node: &Node,
-    seen: &SeenContainerd,
-    edited: &km_containerd_config::edit::Edited,
-    journal: &Journal,
-) -> Change {
-    let backup = node.store.state_dir().join("containerd-config.backup");
-    let mut change = Change::from_edit(
-        seen.path.clone(),
-        seen.before.clone(),
-        edited,
-        Vec::new(),
-        backup,
-    );
-    change.told_path = (seen.told != seen.path).then(|| seen.told.clone());
-    change
-        .made_folders
-        .clone_from(&journal.record().config_folders);
-    if node.config.containerd.restart.mode == RestartMode::None {
-        change.restart = transaction::Restart::Never;
-    }
-    change.deadlines = Deadlines {
-        ready: std::time::Duration::from_secs(node.config.containerd.restart.ready_timeout_seconds),
-        ..Deadlines::default()
-    };
-    if edited.text.is_empty() && seen.before.is_none() {
-        change.after = None;
-    }
-    change
-}
-
-/// Says how far the transaction is.
-pub(crate) fn report(progress: Progress) {
-    let line = match progress {
-        Progress::Checking => "containerd: reads the new configuration in a dry run".to_owned(),
-        Progress::NotChecked => {
-            "containerd: its program cannot be run from here, so there is no dry run".to_owned()
-        }
-        Progress::Writing => "containerd: configuration is backed up and replaced".to_owned(),
-        Progress::Restarting => "containerd: restarts".to_owned(),
-        Progress::Waiting(what) => format!("containerd: waits until {what}"),
-        Progress::Restoring => "containerd: puts the old configuration back".to_owned(),
-    };
-    output::to_stderr(&line);
 }
 
 /// Keeps of each class that changed the live generation, the one before it, and any that somebody has open.

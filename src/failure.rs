@@ -95,10 +95,13 @@ fn kind_of(error: &(dyn std::error::Error + 'static)) -> Option<Kind> {
         return Some(transaction_kind(error));
     }
     if let Some(error) = error.downcast_ref::<km_containerd_config::edit::EditError>() {
-        return Some(match error {
-            km_containerd_config::edit::EditError::Conflict { .. } => Kind::Refused,
-            _ => Kind::Containerd,
-        });
+        return Some(edit_kind(error));
+    }
+    if let Some(error) = error.downcast_ref::<km_containerd_config::place::PlaceError>() {
+        return Some(place_kind(error));
+    }
+    if let Some(error) = error.downcast_ref::<km_containerd_config::effective::ReadError>() {
+        return Some(read_kind(error));
     }
     if error.is::<km_containerd_config::shim::ShimError>()
         || error.is::<km_runtimeclasses::ConfigError>()
@@ -137,6 +140,30 @@ fn registry_kind(error: &km_artifacts::registry::Error) -> Kind {
         Kind::Host
     } else {
         Kind::Registry
+    }
+}
+
+fn edit_kind(error: &km_containerd_config::edit::EditError) -> Kind {
+    match error {
+        km_containerd_config::edit::EditError::NotAsMeant { .. } => Kind::Bug,
+        _ => Kind::Refused,
+    }
+}
+
+fn place_kind(error: &km_containerd_config::place::PlaceError) -> Kind {
+    use km_containerd_config::place::PlaceError as E;
+    match error {
+        E::Edit { source, .. } => edit_kind(source),
+        E::Read(error) => read_kind(error),
+        E::Host(_) => Kind::Host,
+        _ => Kind::Refused,
+    }
+}
+
+fn read_kind(error: &km_containerd_config::effective::ReadError) -> Kind {
+    match error {
+        km_containerd_config::effective::ReadError::Host(_) => Kind::Host,
+        _ => Kind::Refused,
     }
 }
 

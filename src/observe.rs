@@ -1,5 +1,7 @@
 //! What is on the node and in the registries now. Reads only.
 
+mod containerd;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
@@ -8,15 +10,12 @@ use km_artifacts::digest::Digest;
 use km_artifacts::reference::Reference;
 use km_artifacts::registry::{Client, Platform, Resolved};
 use km_artifacts::{Damage, Generation};
-use km_containerd_config::edit::Document;
-use km_containerd_config::live::LiveHandlers;
-use km_containerd_config::shim::{self, ShimSearch};
-use km_containerd_config::{ContainerdVersion, Handler};
-use km_cri::Sandbox;
 use km_host::HostPath;
 
+pub(crate) use containerd::{SeenContainerd, containerd, files};
+
 use crate::config::{Artifacts, RuntimeClass, Update};
-use crate::failure::{self, Failure, Kind};
+use crate::failure::{self, Kind};
 use crate::journal::Journal;
 use crate::node::Node;
 use crate::wanted;
@@ -71,24 +70,6 @@ pub(crate) enum SeenArtifact {
     },
 }
 
-/// containerd and its configuration.
-#[derive(Debug)]
-pub(crate) struct SeenContainerd {
-    /// The file, with symlinks followed.
-    pub(crate) path: PathBuf,
-    /// The path that containerd is told, if that is another.
-    pub(crate) told: PathBuf,
-    /// Its bytes; `None` if there is no file.
-    pub(crate) before: Option<Vec<u8>>,
-    pub(crate) version: ContainerdVersion,
-    pub(crate) live: LiveHandlers,
-    pub(crate) sandboxes: Vec<Sandbox>,
-    /// The handlers as this containerd wants them written.
-    pub(crate) wanted: Vec<Handler>,
-    /// The handlers as we last wrote them.
-    pub(crate) recorded: Vec<Handler>,
-}
-
 /// Looks at everything.
 pub(crate) async fn observe(
     node: &Node,
@@ -97,8 +78,8 @@ pub(crate) async fn observe(
 ) -> Result<Observation> {
     let mut warnings = Vec::new();
     let mut missing = missing_provider_files(node)?;
-    let containerd = containerd(node, journal).await?;
-    missing.extend(missing_shims(node, &containerd)?);
+    let containerd = containerd::containerd(node, journal).await?;
+    missing.extend(containerd::missing_shims(node, &containerd)?);
     let mut digests = Digests {
         client,
         known: BTreeMap::new(),
@@ -250,46 +231,6 @@ async fn artifact(
     })
 }
 
-pub(crate) async fn containerd(node: &Node, journal: &Journal) -> Result<SeenContainerd> {
-    let daemon = node.daemon()?;
-    let (path, told) = node.containerd_config()?;
-    let not_running = || {
-        format!(
-            "containerd does not answer on {}: start it, or name another socket in containerd.socket",
-            node.config.containerd.socket
-        )
-    };
-    let asked = async {
-        let cri = daemon.cri().await?;
-        let version = cri.version().await?;
-        let status = cri.status().await?;
-        Ok::<_, km_cri::Error>((version, status, cri.sandboxes().await?))
-    };
-    let (version, status, sandboxes) = asked
-        .await
-        .map_err(|error| Failure::because(Kind::Containerd, not_running(), error))?;
-    let version: ContainerdVersion = version.runtime_version.parse().map_err(|error| {
-        Failure::because(
-            Kind::Containerd,
-            format!(
-                "containerd's version {:?} is in no known form",
-                version.runtime_version
-            ),
-            error,
-        )
-    })?;
-    Ok(SeenContainerd {
-        before: read(&path)?,
-        told,
-        path,
-        version,
-        live: LiveHandlers::from_cri_config(&status.config),
-        sandboxes,
-        wanted: wanted::handlers(&node.config, version),
-        recorded: journal.record().handlers.clone(),
-    })
-}
-
 /// A file's bytes; `None` if it is absent.
 pub(crate) fn read(path: &std::path::Path) -> Result<Option<Vec<u8>>> {
     match std::fs::read(path) {
@@ -336,25 +277,4 @@ pub(crate) fn lacks(
         }
         Ok(_) => None,
     })
-}
-
-fn missing_shims(node: &Node, containerd: &SeenContainerd) -> Result<Vec<String>> {
-    if containerd.wanted.is_empty() {
-        return Ok(Vec::new());
-    }
-    let text =
-        String::from_utf8_lossy(containerd.before.as_deref().unwrap_or_default()).into_owned();
-    // A file that cannot be parsed is the planner's to refuse, with its line.
-    let opt = Document::parse(&text)
-        .ok()
-        .and_then(|document| document.opt_path().map(str::to_owned));
-    let search: ShimSearch = node.daemon()?.shim_search(opt.as_deref())?;
-    let resolve =
-        |handler: &Handler| shim::resolve(&node.root, handler, &search, containerd.version).err();
-    Ok(containerd
-        .wanted
-        .iter()
-        .filter_map(resolve)
-        .map(|error| error.to_string())
-        .collect())
 }

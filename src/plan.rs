@@ -1,17 +1,19 @@
 //! The plan: a pure function from what is there and what is wanted to an ordered list of steps.
 
+mod containerd;
+
 use std::fmt::Write as _;
 
 use anyhow::{Context as _, Result};
 use km_artifacts::digest::Digest;
-use km_containerd_config::edit::{self, Edited, SetOptions};
+use km_containerd_config::place::Placed;
 use serde::{Deserialize, Serialize};
-use similar::TextDiff;
 
-use crate::config::{Config, RestartMode};
-use crate::daemon::Daemon;
+pub(crate) use containerd::{Allowed, ChangedFile, Drifted, indented, users};
+
+use crate::config::Config;
 use crate::failure::Failure;
-use crate::observe::{Observation, SeenArtifact, SeenClass, SeenContainerd};
+use crate::observe::{Observation, SeenArtifact, SeenClass};
 use crate::output;
 
 /// One change of the node.
@@ -44,13 +46,12 @@ pub(crate) enum Step {
     },
     /// Change containerd's configuration.
     Containerd {
-        path: String,
+        files: Vec<ChangedFile>,
         added: Vec<String>,
         changed: Vec<String>,
         removed: Vec<String>,
         adopted: Vec<String>,
-        drifted: Vec<String>,
-        diff: String,
+        drifted: Vec<Drifted>,
     },
     /// Restart containerd and wait until the handlers are live.
     Restart { how: String },
@@ -86,7 +87,7 @@ pub(crate) struct Prepared {
     pub(crate) plan: Plan,
     /// For each configured class in order: what to do.
     pub(crate) classes: Vec<ClassWork>,
-    pub(crate) edited: Edited,
+    pub(crate) placed: Placed,
     /// containerd is to be restarted although its file may be right.
     pub(crate) restart_owed: bool,
 }
@@ -110,7 +111,7 @@ pub(crate) fn make(
     config: &Config,
     config_bytes: &[u8],
     seen: &Observation,
-    adopt: bool,
+    allowed: Allowed,
 ) -> Result<Prepared> {
     if !seen.missing.is_empty() {
         return Err(Failure::refused(seen.missing.join("\n")).into());
@@ -121,20 +122,17 @@ pub(crate) fn make(
     for class in &seen.classes {
         classes.push(plan_class(class, &mut steps));
     }
-    let edited = edit_containerd(config, &seen.containerd, adopt)?;
-    refuse_in_use(&seen.containerd, &edited)?;
+    let placed = containerd::edit(config, &seen.containerd, allowed)
+        .context("cannot register the handlers in containerd")?;
+    containerd::refuse_in_use(&seen.containerd, &placed)?;
     let restart_owed =
-        plan_containerd(config, &seen.containerd, &edited, &mut steps, &mut warnings);
+        containerd::steps(config, &seen.containerd, &placed, &mut steps, &mut warnings);
     steps.extend(seen.surplus.iter().map(|class| Step::Remove {
         class: class.clone(),
     }));
     let inputs = Inputs {
         configuration: Digest::of(config_bytes).to_string(),
-        containerd: seen
-            .containerd
-            .before
-            .as_deref()
-            .map(|bytes| Digest::of(bytes).to_string()),
+        containerd: containerd::digest(&seen.containerd),
     };
     Ok(Prepared {
         plan: Plan {
@@ -143,7 +141,7 @@ pub(crate) fn make(
             inputs,
         },
         classes,
-        edited,
+        placed,
         restart_owed,
     })
 }
@@ -201,116 +199,6 @@ fn plan_class(seen: &SeenClass, steps: &mut Vec<Step>) -> ClassWork {
         });
     }
     work
-}
-
-fn edit_containerd(config: &Config, seen: &SeenContainerd, adopt: bool) -> Result<Edited> {
-    let text = text(seen)?;
-    let adopt: Vec<String> = if adopt {
-        seen.wanted
-            .iter()
-            .map(|handler| handler.name.clone())
-            .collect()
-    } else {
-        Vec::new()
-    };
-    let options = SetOptions {
-        adopt: &adopt,
-        assume_version: seen.version.config_version(),
-        absent: seen.before.is_none(),
-        recorded: &seen.recorded,
-    };
-    edit::set_handlers(text, &seen.wanted, &options).with_context(|| {
-        format!(
-            "cannot register the handlers in {}",
-            config.containerd.config
-        )
-    })
-}
-
-/// containerd's configuration as text.
-pub(crate) fn text(seen: &SeenContainerd) -> Result<&str> {
-    std::str::from_utf8(seen.before.as_deref().unwrap_or_default()).with_context(|| {
-        Failure::new(
-            crate::failure::Kind::Containerd,
-            format!("{} is not UTF-8 text", seen.path.display()),
-        )
-    })
-}
-
-fn refuse_in_use(seen: &SeenContainerd, edited: &Edited) -> Result<(), Failure> {
-    let gone = edited.gone();
-    let used = users(seen, &gone);
-    if used.is_empty() {
-        return Ok(());
-    }
-    Err(Failure::refused(format!(
-        "handlers that would be removed are in use; delete these pods first:\n{}",
-        used.join("\n")
-    )))
-}
-
-/// The sandboxes that use one of these handlers, one a line.
-pub(crate) fn users(seen: &SeenContainerd, handlers: &[String]) -> Vec<String> {
-    seen.sandboxes
-        .iter()
-        .filter(|sandbox| handlers.contains(&sandbox.handler))
-        .map(|sandbox| {
-            format!(
-                "  {}/{} (sandbox {}) uses {}",
-                sandbox.namespace, sandbox.name, sandbox.id, sandbox.handler
-            )
-        })
-        .collect()
-}
-
-fn plan_containerd(
-    config: &Config,
-    seen: &SeenContainerd,
-    edited: &Edited,
-    steps: &mut Vec<Step>,
-    warnings: &mut Vec<String>,
-) -> bool {
-    let before = text(seen).unwrap_or_default();
-    let differs = edited.text != before || (seen.before.is_none() && !edited.text.is_empty());
-    if differs {
-        steps.push(Step::Containerd {
-            path: config.containerd.config.to_string(),
-            added: edited.added.clone(),
-            changed: edited.changed.clone(),
-            removed: edited.gone(),
-            adopted: edited.adopted.clone(),
-            drifted: edited.drifted.clone(),
-            diff: diff(before, &edited.text),
-        });
-    }
-    let not_live: Vec<String> = seen
-        .live
-        .not_live(&seen.wanted)
-        .iter()
-        .map(ToString::to_string)
-        .collect();
-    let by_hand = config.containerd.restart.mode == RestartMode::None;
-    let owed = !differs && !not_live.is_empty() && !by_hand;
-    if by_hand && (differs || !not_live.is_empty()) {
-        warnings.push(format!(
-            "containerd must be restarted by hand before the handlers are live: {}",
-            Daemon::restart_words(&config.containerd)
-        ));
-    } else if differs || owed {
-        steps.push(Step::Restart {
-            how: Daemon::restart_words(&config.containerd),
-        });
-    }
-    owed
-}
-
-/// The changed lines, with two lines around them.
-pub(crate) fn diff(before: &str, after: &str) -> String {
-    let text = TextDiff::from_lines(before, after)
-        .unified_diff()
-        .context_radius(2)
-        .to_string();
-    text.replace("\\ No newline at end of file\n", "")
 }
 
 impl Plan {
@@ -384,25 +272,29 @@ impl Step {
                 )
             }
             Step::Containerd {
-                path,
-                diff,
+                files,
                 adopted,
                 drifted,
                 ..
             } => {
-                writeln!(out, "  ~ {path}")?;
+                for file in files {
+                    file.write_text(out)?;
+                }
                 for name in adopted {
                     writeln!(
                         out,
                         "      {name} is somebody else's: set aside in comments, back at uninstall"
                     )?;
                 }
-                for name in drifted {
-                    writeln!(out, "      {name} was changed by somebody since: put right")?;
+                for drift in drifted {
+                    writeln!(
+                        out,
+                        "      {} was changed by somebody since, and is put right; --keep-drift leaves it:\n{}",
+                        drift.handler,
+                        indented(&drift.diff, "        ")
+                    )?;
                 }
-                diff.lines()
-                    .filter(|line| !line.starts_with("--- ") && !line.starts_with("+++ "))
-                    .try_for_each(|line| writeln!(out, "      {line}"))
+                Ok(())
             }
             Step::Restart { how } => writeln!(
                 out,

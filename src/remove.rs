@@ -1,7 +1,9 @@
 //! Uninstall: the inverse edit of containerd's configuration, then everything of ours in the artifacts folder.
 
 use anyhow::Result;
-use km_containerd_config::edit::{self, Document, Owner};
+use km_containerd_config::ContainerdVersion;
+use km_containerd_config::edit::{Document, Owner};
+use km_containerd_config::place::{self, Request};
 use km_containerd_config::transaction;
 use km_host::atomic;
 use serde::Serialize;
@@ -10,8 +12,11 @@ use crate::execute;
 use crate::failure::Failure;
 use crate::journal::Journal;
 use crate::node::Node;
-use crate::observe::{SeenContainerd, read};
+use crate::observe::{self, SeenContainerd};
 use crate::plan;
+
+/// Which files there are hardly depends on the version: patterns of 1.6 alone may differ, and are none of ours.
+const ANY_VERSION: ContainerdVersion = ContainerdVersion::new(2, 0, 0);
 
 /// What uninstalling did.
 #[derive(Debug, Default, Serialize)]
@@ -32,14 +37,15 @@ pub(crate) fn anything(node: &Node) -> Result<bool> {
     if node.store.store_dir().exists() {
         return Ok(true);
     }
-    let text = read(&node.containerd_config()?.0)?.unwrap_or_default();
-    let document = Document::parse(&String::from_utf8_lossy(&text));
-    Ok(document.is_ok_and(|document| {
-        document
-            .handlers()
-            .iter()
-            .any(|handler| handler.owner == Owner::Ours)
-    }))
+    // A file that cannot be read is the next step's to refuse, if anything of ours may be in it.
+    let Ok((_, effective)) = observe::files(node, ANY_VERSION) else {
+        return Ok(true);
+    };
+    let ours = |document: &Document| {
+        let handlers = document.handlers();
+        handlers.iter().any(|handler| handler.owner == Owner::Ours)
+    };
+    Ok(effective.files.iter().any(|file| ours(&file.document)))
 }
 
 /// Takes the handlers out of containerd, refusing while sandboxes use them unless forced.
@@ -50,7 +56,13 @@ pub(crate) async fn handlers(
     force: bool,
     removed: &mut Removed,
 ) -> Result<()> {
-    let edited = edit::remove_all(plan::text(seen)?, &seen.recorded)?;
+    let request = Request {
+        recorded: &seen.recorded,
+        ..Request::default()
+    };
+    let main = &node.config.containerd.config;
+    let placed = place::plan(&seen.files, &seen.effective, main, &request)?;
+    let edited = &placed.edited;
     let gone = edited.gone();
     let touched: Vec<String> = gone.iter().chain(&edited.given_back).cloned().collect();
     let users = plan::users(seen, &touched);
@@ -61,10 +73,10 @@ pub(crate) async fn handlers(
         ))
         .into());
     }
-    let change = execute::change(node, seen, &edited, journal);
+    let change = execute::change(node, seen, &placed, journal)?;
     transaction::run(&change, &node.daemon()?, journal, &mut execute::report).await?;
     removed.handlers = gone;
-    removed.given_back = edited.given_back;
+    removed.given_back.clone_from(&edited.given_back);
     journal.update(|record| record.handlers.clear())
 }
 

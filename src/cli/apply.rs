@@ -9,7 +9,7 @@ use crate::failure::{Failure, Kind};
 use crate::journal::Journal;
 use crate::node::Node;
 use crate::output::{self, Format};
-use crate::plan::Plan;
+use crate::plan::{Allowed, Plan};
 use crate::{execute, observe};
 
 #[derive(Debug, clap::Args)]
@@ -19,6 +19,9 @@ pub(super) struct Arguments {
     /// Take over handlers that somebody else registered; they are given back at uninstall.
     #[arg(long)]
     adopt: bool,
+    /// Leave handlers of ours as somebody edited them since; without it they are put right.
+    #[arg(long)]
+    keep_drift: bool,
 }
 
 pub(super) async fn run(global: &Global, arguments: &Arguments) -> Result<()> {
@@ -32,14 +35,14 @@ pub(super) async fn run(global: &Global, arguments: &Arguments) -> Result<()> {
             &node,
             &client,
             &Journal::open(&node.store.state_dir())?,
-            adopts(arguments, saved.as_ref()),
+            allowed(arguments, saved.as_ref()),
         )
         .await?;
     }
     let (_lock, mut journal) = node.lock()?;
     execute::settle(&node, &mut journal).await?;
     let (seen, prepared) =
-        super::plan::prepare(&node, &client, &journal, adopts(arguments, saved.as_ref())).await?;
+        super::plan::prepare(&node, &client, &journal, allowed(arguments, saved.as_ref())).await?;
     if let Some(saved) = &saved {
         require_same(saved, &prepared.plan)?;
     }
@@ -85,11 +88,14 @@ fn live_words(node: &Node, handlers: &[&str]) -> String {
 }
 
 /// A saved plan adopts if it was made so.
-fn adopts(arguments: &Arguments, saved: Option<&Plan>) -> bool {
+fn allowed(arguments: &Arguments, saved: Option<&Plan>) -> Allowed {
     let saved = saved.is_some_and(|plan| {
         plan.steps.iter().any(|step| matches!(step, crate::plan::Step::Containerd { adopted, .. } if !adopted.is_empty()))
     });
-    arguments.adopt || saved
+    Allowed {
+        adopt: arguments.adopt || saved,
+        keep_drift: arguments.keep_drift,
+    }
 }
 
 fn load(path: &Path) -> Result<Plan> {

@@ -9,7 +9,7 @@ use crate::journal::Journal;
 use crate::node::Node;
 use crate::observe::{self, Observation};
 use crate::output;
-use crate::plan::{self, Plan, Prepared};
+use crate::plan::{self, Allowed, Plan, Prepared};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
@@ -22,12 +22,24 @@ pub(super) struct Arguments {
     /// Take over handlers that somebody else registered; they are given back at uninstall.
     #[arg(long)]
     adopt: bool,
+    /// Leave handlers of ours as somebody edited them since.
+    #[arg(long)]
+    keep_drift: bool,
+}
+
+impl Arguments {
+    fn allowed(&self) -> Allowed {
+        Allowed {
+            adopt: self.adopt,
+            keep_drift: self.keep_drift,
+        }
+    }
 }
 
 pub(super) async fn run(global: &Global, arguments: &Arguments) -> Result<u8> {
     let node = global.node()?;
     let journal = Journal::open(&node.store.state_dir())?;
-    let (_, prepared) = prepare(&node, &node.registry()?, &journal, arguments.adopt).await?;
+    let (_, prepared) = prepare(&node, &node.registry()?, &journal, arguments.allowed()).await?;
     let mut plan = prepared.plan;
     if journal.record().owed.is_some() {
         plan.warnings.push(
@@ -52,11 +64,11 @@ pub(super) async fn prepare(
     node: &Node,
     client: &km_artifacts::registry::Client,
     journal: &Journal,
-    adopt: bool,
+    allowed: Allowed,
 ) -> Result<(Observation, Prepared)> {
     let seen = observe::observe(node, client, journal).await?;
-    let prepared =
-        plan::make(&node.config, &node.config_bytes, &seen, adopt).context("cannot make a plan")?;
+    let prepared = plan::make(&node.config, &node.config_bytes, &seen, allowed)
+        .context("cannot make a plan")?;
     Ok((seen, prepared))
 }
 

@@ -5,10 +5,11 @@ use serde::Serialize;
 
 use super::Global;
 use crate::node::Node;
-use crate::observe;
-use crate::output;
-use km_containerd_config::edit::{Document, Owner};
+use crate::{observe, output, plan, wanted};
+use km_containerd_config::ContainerdVersion;
+use km_containerd_config::edit::Owner;
 use km_containerd_config::live::LiveHandlers;
+use km_containerd_config::place;
 
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -35,6 +36,8 @@ struct Class {
     handler: String,
     /// `live`, `registered` (in the file, not live), `foreign` (somebody else's) or `absent`.
     handler_state: &'static str,
+    /// What somebody changed in the handler's table since: `-` lines are wanted, `+` lines stand there.
+    drift: Vec<String>,
     generation: Option<u64>,
     reference: Option<String>,
     manifest: Option<String>,
@@ -55,18 +58,26 @@ async fn look(node: &Node) -> Result<Status> {
         Ok((version, live, sandboxes)) => (Some(version.clone()), Some(live), sandboxes.as_slice()),
         Err(_) => (None, None, &[][..]),
     };
-    let file = observe::read(&node.containerd_config()?.0)?.unwrap_or_default();
-    let document = Document::parse(&String::from_utf8_lossy(&file)).ok();
+    // A file that cannot be read shows no handlers here; `plan` says what is wrong with it.
+    let rules = version.as_ref().and_then(|version| version.parse().ok());
+    let rules = rules.unwrap_or(ContainerdVersion::new(2, 0, 0));
+    let effective = observe::files(node, rules)
+        .ok()
+        .map(|(_, effective)| effective);
+    let wanted = wanted::handlers(&node.config, rules);
+    let drifts = effective
+        .as_ref()
+        .map(|effective| place::drift(effective, &wanted));
+    let drifts = drifts.unwrap_or_default();
+    let found = effective
+        .map(|effective| effective.handlers())
+        .unwrap_or_default();
     let mut classes = Vec::new();
     for class in &node.config.runtime_classes {
         let handler = class.handler();
-        let owner = document.as_ref().and_then(|document| {
-            document
-                .handlers()
-                .iter()
-                .find(|found| found.name == handler)
-                .map(|found| found.owner)
-        });
+        let in_force = found.iter().find(|found| found.name == handler);
+        let owner = in_force.map(|found| found.owner);
+        let drift = drifts.iter().find(|drift| drift.name == handler);
         let is_live = live.is_some_and(|live| live.0.contains_key(handler));
         let generation = node.store.live(&class.name).ok().flatten();
         let damaged = generation
@@ -83,6 +94,9 @@ async fn look(node: &Node) -> Result<Status> {
                 Some(_) => "foreign",
                 None => "absent",
             },
+            drift: drift
+                .map(km_containerd_config::edit::Drift::lines)
+                .unwrap_or_default(),
             generation: generation.as_ref().map(km_artifacts::Generation::number),
             reference: generation
                 .as_ref()
@@ -153,6 +167,12 @@ fn text(status: &Status) -> String {
             "{:<28} {:<11} {generation:>10} {size:>10}  {artifact}\n",
             class.name, class.handler_state
         ));
+        if !class.drift.is_empty() {
+            out.push_str(&format!(
+                "  changed by somebody in containerd's configuration; \"kata-manager apply\" puts it right:\n{}\n",
+                plan::indented(&class.drift, "    ")
+            ));
+        }
         for damage in &class.damaged {
             out.push_str(&format!(
                 "  damaged: {damage}; \"kata-manager apply\" makes it again\n"

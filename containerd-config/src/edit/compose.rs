@@ -6,16 +6,40 @@ use super::lines::{Lines, bom};
 use super::marks::{BEGIN_HANDLERS, BEGIN_VERSION, END, KEPT, STATE, State};
 use super::settings_digest;
 use super::strip::Stripped;
-use crate::handler::Handler;
+use serde_json::Value;
+
+use crate::handler::{Handler, Settings};
 
 /// The comment in the table of a restated default.
 const RESTATED: &str = "# containerd's own default, written out: containerd 1.x drops it once a file names any handler";
 
+/// A table of ours.
+pub(super) struct OurTable {
+    /// The handler.
+    pub(super) name: String,
+    /// What it says.
+    pub(super) settings: Settings,
+    /// The short digest of what we last wrote, which is not what it says where somebody's edit stays.
+    pub(super) digest: String,
+}
+
+impl OurTable {
+    /// The table that stands for a handler.
+    pub(super) fn new(handler: &Handler) -> OurTable {
+        let settings = handler.settings();
+        OurTable {
+            name: handler.name.clone(),
+            digest: settings_digest(&settings),
+            settings,
+        }
+    }
+}
+
 /// What is to be put in.
 pub(super) struct Plan<'a> {
-    pub(super) wanted: &'a [Handler],
+    pub(super) wanted: &'a [OurTable],
     /// Defaults of containerd to write out beside them.
-    pub(super) restated: &'a [Handler],
+    pub(super) restated: &'a [OurTable],
     /// The configuration's version, the file's own or the one that it gets.
     pub(super) version: u32,
     /// Foreign handlers whose tables become comments.
@@ -25,8 +49,8 @@ pub(super) struct Plan<'a> {
 }
 
 impl Plan<'_> {
-    /// Every handler that gets a table.
-    pub(super) fn handlers(&self) -> impl Iterator<Item = &Handler> {
+    /// Every table to write.
+    pub(super) fn handlers(&self) -> impl Iterator<Item = &OurTable> {
         self.wanted.iter().chain(self.restated)
     }
 }
@@ -115,7 +139,7 @@ pub(super) fn compose(base: &Stripped, plan: &Plan<'_>) -> String {
     let state = State {
         handlers: plan
             .handlers()
-            .map(|handler| (handler.name.clone(), settings_digest(&handler.settings())))
+            .map(|table| (table.name.clone(), table.digest.clone()))
             .collect(),
         joined,
         restated: plan.restated.iter().map(|h| h.name.clone()).collect(),
@@ -146,11 +170,11 @@ fn render_block(out: &mut String, plan: &Plan<'_>, state: &State, eol: &str) {
     // Names and digests always have a JSON form.
     let state = serde_json::to_string(state).unwrap_or_default();
     line(&format!("{STATE}{state}"));
-    for (index, handler) in plan.handlers().enumerate() {
+    for (index, ours) in plan.handlers().enumerate() {
         if index > 0 {
             line("");
         }
-        let mut lines = table(handler, plugin(plan.version));
+        let mut lines = table(ours, plugin(plan.version));
         if index >= plan.wanted.len() {
             lines.insert(1, RESTATED.to_owned());
         }
@@ -162,38 +186,51 @@ fn render_block(out: &mut String, plan: &Plan<'_>, state: &State, eol: &str) {
 }
 
 /// The lines of one handler's table.
-fn table(handler: &Handler, plugin: &str) -> Vec<String> {
+fn table(ours: &OurTable, plugin: &str) -> Vec<String> {
     let header = format!(
         "plugins.{}.containerd.runtimes.{}",
         quoted(plugin),
-        key(&handler.name)
+        key(&ours.name)
     );
     let mut lines = vec![format!("[{header}]")];
-    let mut set = |key: &str, value: String| lines.push(format!("{key} = {value}"));
-    set("runtime_type", quoted(&handler.runtime_type));
-    if let Some(path) = &handler.runtime_path {
-        set("runtime_path", quoted(path));
-    }
-    if handler.privileged_without_host_devices {
-        set("privileged_without_host_devices", "true".to_owned());
-    }
-    for (key, patterns) in [
-        ("pod_annotations", &handler.pod_annotations),
-        ("container_annotations", &handler.container_annotations),
-    ] {
-        if !patterns.is_empty() {
-            let patterns: Vec<String> = patterns.iter().map(|text| quoted(text)).collect();
-            set(key, format!("[{}]", patterns.join(", ")));
+    let mut below = Vec::new();
+    for (name, setting) in &ours.settings {
+        match setting {
+            Value::Object(table) if name == "options" => {
+                below.push(format!("[{header}.options]"));
+                below.extend(
+                    table
+                        .iter()
+                        .map(|(name, setting)| assignment(name, setting)),
+                );
+            }
+            setting => lines.push(assignment(name, setting)),
         }
     }
-    if let Some(snapshotter) = &handler.snapshotter {
-        set("snapshotter", quoted(snapshotter));
-    }
-    if let Some(path) = &handler.config_path {
-        lines.push(format!("[{header}.options]"));
-        lines.push(format!("ConfigPath = {}", quoted(path)));
-    }
+    lines.extend(below);
     lines
+}
+
+fn assignment(name: &str, setting: &Value) -> String {
+    format!("{} = {}", key(name), value(setting))
+}
+
+/// A value in TOML's form. What TOML does not have (null) is written as an empty table, which is then seen to differ.
+fn value(setting: &Value) -> String {
+    match setting {
+        Value::String(text) => quoted(text),
+        Value::Array(list) => {
+            let list: Vec<String> = list.iter().map(value).collect();
+            format!("[{}]", list.join(", "))
+        }
+        Value::Object(table) if table.is_empty() => "{}".to_owned(),
+        Value::Object(table) => {
+            let table: Vec<String> = table.iter().map(|(k, v)| assignment(k, v)).collect();
+            format!("{{ {} }}", table.join(", "))
+        }
+        Value::Null => "{}".to_owned(),
+        Value::Bool(_) | Value::Number(_) => setting.to_string(),
+    }
 }
 
 /// A key, bare where TOML allows it (letters, digits, `_` and `-` of ASCII).
@@ -206,11 +243,17 @@ fn key(name: &str) -> String {
     }
 }
 
-/// A basic string; the text has no control characters.
+/// A basic string.
 fn quoted(text: &str) -> String {
+    use std::fmt::Write as _;
     let mut quoted = String::with_capacity(text.len() + 2);
     quoted.push('"');
     for c in text.chars() {
+        if c.is_control() {
+            // Writing to a String cannot fail.
+            let _ = write!(quoted, "\\U{:08X}", u32::from(c));
+            continue;
+        }
         if c == '"' || c == '\\' {
             quoted.push('\\');
         }

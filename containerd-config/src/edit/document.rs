@@ -221,7 +221,11 @@ impl Document {
                         Owner::Foreign
                     },
                     settings: table.as_object()?.clone(),
-                    line: self.sections.iter().find(path).map_or(1, |section| section.line),
+                    line: self
+                        .sections
+                        .iter()
+                        .find(path)
+                        .map_or(1, |section| section.line),
                 })
             })
             .collect()
@@ -287,7 +291,7 @@ impl Document {
     }
 
     /// The settings of one handler.
-    pub(super) fn settings(&self, name: &str) -> Option<&Settings> {
+    pub(crate) fn settings(&self, name: &str) -> Option<&Settings> {
         let found = self.tables.iter().find(|table| table.name == name);
         found.map(|table| &table.settings)
     }
@@ -356,7 +360,12 @@ fn read_imports(item: &Item) -> ImportsValue {
     ImportsValue {
         span: array.and_then(toml_edit::Array::span),
         elements: elements
-            .map(|value| (value.as_str().map(str::to_owned), value.span().unwrap_or_default()))
+            .map(|value| {
+                (
+                    value.as_str().map(str::to_owned),
+                    value.span().unwrap_or_default(),
+                )
+            })
             .collect(),
     }
 }

@@ -48,7 +48,9 @@ pub enum EditError {
         value: String,
     },
     /// `imports` is no list, so containerd does not start with the file.
-    #[error("line {line}: `imports` is no list of files. Make it one, such as imports = [], then try again")]
+    #[error(
+        "line {line}: `imports` is no list of files. Make it one, such as imports = [], then try again"
+    )]
     BadImports {
         /// The line of the key.
         line: usize,

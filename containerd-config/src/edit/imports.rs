@@ -78,12 +78,7 @@ pub fn add_import(
 }
 
 /// The entry is there, nothing else differs, and taking it out again gives back the bytes.
-fn check_added(
-    before: &Document,
-    result: &str,
-    entry: &str,
-    text: &str,
-) -> Result<(), EditError> {
+fn check_added(before: &Document, result: &str, entry: &str, text: &str) -> Result<(), EditError> {
     let after = reparsed(result)?;
     let mut wanted = vec![entry.to_owned()];
     wanted.extend(before.imports());
@@ -94,7 +89,8 @@ fn check_added(
     verify::same_but_for(&before.tree, &after.tree, &keys, "after adding the import")?;
     if after.imports() != wanted || take_out(result, &after, entry) != text {
         return Err(EditError::NotAsMeant {
-            what: "the import cannot be added so that removing it gives back the same bytes".to_owned(),
+            what: "the import cannot be added so that removing it gives back the same bytes"
+                .to_owned(),
         });
     }
     Ok(())
@@ -123,7 +119,12 @@ pub fn remove_import(text: &str, entry: &str) -> Result<EditedImport, EditError>
     if after.version().is_none() && after.is_empty() {
         keys.push("version");
     }
-    verify::same_but_for(&document.tree, &after.tree, &keys, "after removing the import")?;
+    verify::same_but_for(
+        &document.tree,
+        &after.tree,
+        &keys,
+        "after removing the import",
+    )?;
     if after.imports() != left {
         return Err(EditError::NotAsMeant {
             what: "removing the import would change other imports".to_owned(),
@@ -184,22 +185,25 @@ fn take_out(text: &str, document: &Document, entry: &str) -> String {
         cuts.push(block.begin.clone());
         cuts.extend(block.state_line.clone());
         cuts.push(block.end.clone());
-        cuts.extend(given_version(text, document, block.begin.end..block.end.start));
+        cuts.extend(given_version(
+            text,
+            document,
+            block.begin.end..block.end.start,
+        ));
     }
     super::strip::without(text, &super::strip::merged(cuts))
 }
 
 /// An element and its comma: the one after it, else the one before it.
-fn element_cuts(text: &str, previous: Option<usize>, span: &Range<usize>) -> Vec<Range<usize>> {
+fn element_cuts(text: &str, previous: Option<usize>, span: &Range<usize>) -> [Range<usize>; 2] {
+    let none = span.end..span.end;
     if let Some(comma) = comma_after(text, span.end) {
-        return vec![span.start..span.end, comma..comma + 1];
+        return [span.clone(), comma..comma + 1];
     }
     match previous.and_then(|end| comma_after(text, end)) {
-        Some(comma) if text[comma + 1..span.start].trim().is_empty() => {
-            vec![comma..span.end]
-        }
-        Some(comma) => vec![comma..comma + 1, span.clone()],
-        None => vec![span.clone()],
+        Some(comma) if text[comma + 1..span.start].trim().is_empty() => [comma..span.end, none],
+        Some(comma) => [comma..comma + 1, span.clone()],
+        None => [span.clone(), none],
     }
 }
 
@@ -228,4 +232,26 @@ fn given_version(text: &str, document: &Document, inside: Range<usize>) -> Optio
     let others = document.imports().len() > 1;
     let ours = lines.start(line) == line && line < inside.end;
     (ours && !used && !others).then(|| line..lines.end(line))
+}
+
+/// The text with exactly these imports, in place of those that it has. For a dry run: it is not to be undone.
+pub(crate) fn with_imports(text: &str, imports: &[&str]) -> Result<String, EditError> {
+    let document = Document::parse(text)?;
+    let list: Vec<String> = imports.iter().map(|import| format!("{import:?}")).collect();
+    let list = format!("[{}]", list.join(", "));
+    let result = match document
+        .imports
+        .as_ref()
+        .and_then(|value| value.span.clone())
+    {
+        Some(span) => format!("{}{list}{}", &text[..span.start], &text[span.end..]),
+        None if imports.is_empty() => text.to_owned(),
+        None => {
+            let (at, eol) = (bom(text), line_break(text));
+            format!("{}imports = {list}{eol}{}", &text[..at], &text[at..])
+        }
+    };
+    let after = reparsed(&result)?;
+    verify::same_but_for(&document.tree, &after.tree, &["imports"], "in the dry run")?;
+    Ok(result)
 }

@@ -23,8 +23,8 @@ use std::collections::{BTreeMap, BTreeSet};
 pub use document::Document;
 pub(crate) use document::{PLUGIN_V2, PLUGIN_V3};
 pub use error::{EditError, ParseError};
-pub(crate) use imports::own_import;
 pub use imports::{EditedImport, add_import, remove_import};
+pub(crate) use imports::{own_import, with_imports};
 
 use crate::digest::Digest;
 use crate::handler::{Handler, Settings};
@@ -73,6 +73,10 @@ pub struct SetOptions<'a> {
     /// containerd's default one, `runc`: containerd 1.x replaces its default handlers by those of the file, and its CRI
     /// plugin then does not start for want of the default (measured with 1.6.20 and 1.7.24; 2.x merges them).
     pub assume_version: u32,
+    /// The text is a drop-in that containerd 2.x merges into the main file: nothing of containerd's is written out in it.
+    pub drop_in: bool,
+    /// Leave handlers of ours as somebody edited them since. Tables that are gone are put back all the same.
+    pub keep_drift: bool,
     /// There is no file: `text` is empty, and [`remove_all`] will say that the file is to be removed.
     pub absent: bool,
     /// Handlers as they were last written, if the caller has a record: tables that say exactly this are ours even where
@@ -96,11 +100,63 @@ pub struct Edited {
     /// Foreign handlers that had been set aside and are back.
     pub given_back: Vec<String>,
     /// Handlers of ours that somebody edited or removed since, and that are now as wanted again.
-    pub drifted: Vec<String>,
+    pub drifted: Vec<Drift>,
+    /// Handlers of ours that somebody edited since and that stay so ([`SetOptions::keep_drift`]).
+    pub kept: Vec<Drift>,
     /// Defaults of containerd that are written out in the text, or were in the text before.
     pub restated: Vec<String>,
     /// We created the file and nothing is left in it: it is to be removed.
     pub remove_file: bool,
+}
+
+/// What somebody did to a handler of ours since it was written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Drift {
+    /// The handler.
+    pub name: String,
+    /// Its table is gone.
+    pub removed: bool,
+    /// The settings that differ: the key, what is wanted, and what stands in the text; `None` for nothing.
+    pub changes: Vec<(String, Option<serde_json::Value>, Option<serde_json::Value>)>,
+}
+
+impl Drift {
+    fn of(name: &str, wanted: &Settings, found: Option<&Settings>) -> Drift {
+        let empty = Settings::new();
+        let there = found.unwrap_or(&empty);
+        let keys = wanted
+            .keys()
+            .chain(there.keys().filter(|key| !wanted.contains_key(*key)));
+        let changes = keys.filter(|key| wanted.get(*key) != there.get(*key));
+        Drift {
+            name: name.to_owned(),
+            removed: found.is_none(),
+            changes: changes
+                .map(|key| {
+                    (
+                        key.clone(),
+                        wanted.get(key).cloned(),
+                        there.get(key).cloned(),
+                    )
+                })
+                .collect(),
+        }
+    }
+
+    /// The differing settings as lines that begin with `-` (what is wanted) and `+` (what somebody wrote).
+    pub fn lines(&self) -> Vec<String> {
+        if self.removed {
+            return vec!["- the whole table".to_owned()];
+        }
+        let changes = self.changes.iter().flat_map(|(key, wanted, found)| {
+            let line = |sign: char, value: &serde_json::Value| format!("{sign} {key} = {value}");
+            let wanted = wanted.as_ref().map(|value| line('-', value));
+            wanted
+                .into_iter()
+                .chain(found.as_ref().map(|value| line('+', value)))
+        });
+        changes.collect()
+    }
 }
 
 impl Edited {
@@ -131,18 +187,21 @@ pub fn set_handlers(
     refuse_obstacle(text, &stripped, version)?;
     let displaced = displaced(text, &stripped, wanted, options.adopt)?;
     let before = present(&document, &stripped);
+    let kept = kept(&document, wanted, options, &before);
+    let tables = tables(&document, wanted, &kept);
     let restated = restated(&stripped.document, wanted, options);
     let restated_are_there = restated
         .iter()
         .all(|handler| stripped.restated.contains(&handler.name));
-    if restated_are_there && is_as_wanted(&document, &stripped, wanted, &before, &displaced) {
+    if restated_are_there && is_as_wanted(&document, &stripped, &tables, &before, &displaced) {
         return Ok(Edited {
             text: text.to_owned(),
+            kept,
             ..Edited::default()
         });
     }
     let plan = compose::Plan {
-        wanted,
+        wanted: &tables,
         restated: &restated,
         version,
         displaced: &displaced,
@@ -151,13 +210,11 @@ pub fn set_handlers(
     let result = compose::compose(&stripped, &plan);
     let after = verify::composed(&stripped, &result, &plan)?;
     verify::default_runtime(&document, &after, &stripped.restated)?;
-    let mut edited = report(&document, wanted, options.recorded, &before);
+    let mut edited = report(&document, &tables, options.recorded, &before);
+    edited.kept = kept;
     edited.adopted = difference(&displaced, &stripped.given_back);
     edited.given_back = difference(&stripped.given_back, &displaced);
-    edited.restated = restated
-        .iter()
-        .map(|handler| handler.name.clone())
-        .collect();
+    edited.restated = restated.iter().map(|table| table.name.clone()).collect();
     let no_more = difference(&stripped.restated, &edited.restated);
     edited.restated.extend(no_more);
     edited.text = result;
@@ -244,7 +301,8 @@ fn version_to_use(
     }
 }
 
-fn refuse_disabled(document: &Document) -> Result<(), EditError> {
+/// Refuses a file that switches the CRI plugin off.
+pub(crate) fn refuse_disabled(document: &Document) -> Result<(), EditError> {
     let cri = ["cri", document::PLUGIN_V2, document::PLUGIN_V3];
     let mut disabled = document.disabled_plugins().into_iter();
     match disabled.find(|name| cri.contains(&name.as_str())) {
@@ -299,18 +357,76 @@ fn displaced(
 }
 
 /// containerd's default handlers that would be lost, and are written out beside ours.
-fn restated(base: &Document, wanted: &[Handler], options: &SetOptions<'_>) -> Vec<Handler> {
+fn restated(
+    base: &Document,
+    wanted: &[Handler],
+    options: &SetOptions<'_>,
+) -> Vec<compose::OurTable> {
     let is_wanted = wanted
         .iter()
         .any(|handler| handler.name == DEFAULT_HANDLER.0);
-    if options.assume_version > 2 || !base.tables.is_empty() || is_wanted {
+    let merges = options.assume_version > 2 || options.drop_in;
+    if merges || !base.tables.is_empty() || is_wanted {
         return Vec::new();
     }
-    vec![Handler {
+    vec![compose::OurTable::new(&Handler {
         name: DEFAULT_HANDLER.0.to_owned(),
         runtime_type: DEFAULT_HANDLER.1.to_owned(),
         ..Handler::default()
-    }]
+    })]
+}
+
+/// What somebody did since to the handlers of ours that stand in a document, and that are wanted otherwise.
+pub(crate) fn drift_in(document: &Document, wanted: &[Handler]) -> Vec<Drift> {
+    let names = document.own_names();
+    let drifts = wanted.iter().filter_map(|handler| {
+        let written = document.marks.written_digest(&handler.name)?;
+        let found = document
+            .settings(&handler.name)
+            .filter(|_| names.contains(&handler.name));
+        let touched = found.map(settings_digest).as_deref() != Some(written);
+        let differs = found != Some(&handler.settings());
+        (touched && differs).then(|| Drift::of(&handler.name, &handler.settings(), found))
+    });
+    drifts.collect()
+}
+
+/// The handlers that somebody edited since they were written, and that are to stay so.
+fn kept(
+    document: &Document,
+    wanted: &[Handler],
+    options: &SetOptions<'_>,
+    before: &BTreeMap<String, Settings>,
+) -> Vec<Drift> {
+    if !options.keep_drift {
+        return Vec::new();
+    }
+    let drifted = wanted.iter().filter_map(|handler| {
+        let found = before.get(&handler.name)?;
+        let written = document.marks.written_digest(&handler.name)?;
+        let touched = written != settings_digest(found) && *found != handler.settings();
+        touched.then(|| Drift::of(&handler.name, &handler.settings(), Some(found)))
+    });
+    drifted.collect()
+}
+
+/// The tables to write: as wanted, or as they are where that is to stay. The digest of what we wrote stays with those, so that
+/// they are still seen to differ.
+fn tables(document: &Document, wanted: &[Handler], kept: &[Drift]) -> Vec<compose::OurTable> {
+    let table = |handler: &Handler| {
+        let stays = kept.iter().any(|drift| drift.name == handler.name);
+        let found = document.settings(&handler.name).filter(|_| stays);
+        let digest = document.marks.written_digest(&handler.name);
+        match (found, digest) {
+            (Some(settings), Some(digest)) => compose::OurTable {
+                name: handler.name.clone(),
+                settings: settings.clone(),
+                digest: digest.to_owned(),
+            },
+            _ => compose::OurTable::new(handler),
+        }
+    };
+    wanted.iter().map(table).collect()
 }
 
 /// Our handlers in the text before the edit, those that are only restated left out.
@@ -326,7 +442,7 @@ fn present(document: &Document, stripped: &Stripped) -> BTreeMap<String, Setting
 fn is_as_wanted(
     document: &Document,
     stripped: &Stripped,
-    wanted: &[Handler],
+    wanted: &[compose::OurTable],
     before: &BTreeMap<String, Settings>,
     displaced: &[String],
 ) -> bool {
@@ -339,7 +455,7 @@ fn is_as_wanted(
         && stripped.removed.len() == wanted.len() + stripped.restated.len()
         && wanted
             .iter()
-            .all(|handler| before.get(&handler.name) == Some(&handler.settings()));
+            .all(|table| before.get(&table.name) == Some(&table.settings));
     let same: BTreeSet<_> = displaced.iter().collect();
     whole
         && same_handlers
@@ -350,13 +466,13 @@ fn is_as_wanted(
 
 fn report(
     document: &Document,
-    wanted: &[Handler],
+    wanted: &[compose::OurTable],
     recorded: &[Handler],
     before: &BTreeMap<String, Settings>,
 ) -> Edited {
     let mut edited = Edited::default();
-    for handler in wanted {
-        let name = &handler.name;
+    for table in wanted {
+        let name = &table.name;
         let written = document.marks.written_digest(name).map(str::to_owned);
         let written = written.or_else(|| {
             let record = recorded.iter().find(|record| record.name == *name)?;
@@ -364,21 +480,22 @@ fn report(
         });
         match before.get(name) {
             None if document.marks.written_digest(name).is_some() => {
-                edited.drifted.push(name.clone());
+                edited.drifted.push(Drift::of(name, &table.settings, None));
             }
             None => edited.added.push(name.clone()),
-            Some(settings) if *settings == handler.settings() => {}
+            Some(settings) if *settings == table.settings => {}
             Some(settings) => {
                 let touched = written.is_some_and(|digest| digest != settings_digest(settings));
                 if touched {
-                    edited.drifted.push(name.clone());
+                    let drift = Drift::of(name, &table.settings, Some(settings));
+                    edited.drifted.push(drift);
                 } else {
                     edited.changed.push(name.clone());
                 }
             }
         }
     }
-    let gone = |name: &&String| !wanted.iter().any(|handler| handler.name == **name);
+    let gone = |name: &&String| !wanted.iter().any(|table| table.name == **name);
     edited.removed = before.keys().filter(gone).cloned().collect();
     edited
 }

@@ -47,7 +47,7 @@ pub(super) fn composed(
         "after adding our handlers",
     )?;
     for handler in plan.handlers() {
-        if document.settings(&handler.name) != Some(&handler.settings()) {
+        if document.settings(&handler.name) != Some(&handler.settings) {
             return Err(EditError::NotAsMeant {
                 what: format!("the handler {:?} reads back differently", handler.name),
             });

@@ -116,7 +116,10 @@ pub(super) fn expand(
                 }
             }
             if next.len() > super::MOST_FILES {
-                return Ok(Err(format!("it matches more than {} files", super::MOST_FILES)));
+                return Ok(Err(format!(
+                    "it matches more than {} files",
+                    super::MOST_FILES
+                )));
             }
         }
         found = next;

@@ -17,8 +17,9 @@
 mod glob;
 mod merge;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use km_host::{HostPath, Root};
@@ -116,11 +117,74 @@ impl<F: Files> Files for Changed<'_, F> {
     }
 }
 
+/// What was read, kept: a plan that is made from it later sees the same, and touches no file.
+#[derive(Debug, Clone, Default)]
+pub struct Snapshot {
+    files: BTreeMap<HostPath, Option<Vec<u8>>>,
+    folders: BTreeMap<HostPath, Vec<String>>,
+}
+
+impl Snapshot {
+    /// Reads the main file and what it imports, and the files at `more` paths, which depend on it.
+    ///
+    /// # Errors
+    /// As [`Effective::load`].
+    pub fn take(
+        files: &impl Files,
+        main: &HostPath,
+        version: ContainerdVersion,
+        more: impl Fn(&Effective) -> Vec<HostPath>,
+    ) -> Result<(Snapshot, Effective), ReadError> {
+        let recorder = Recorder {
+            files,
+            seen: RefCell::default(),
+        };
+        let effective = Effective::load(&recorder, main, version)?;
+        for path in more(&effective) {
+            recorder.read(&path)?;
+        }
+        Ok((recorder.seen.into_inner(), effective))
+    }
+}
+
+impl Files for Snapshot {
+    fn read(&self, path: &HostPath) -> Result<Option<Vec<u8>>, km_host::Error> {
+        Ok(self.files.get(path).cloned().flatten())
+    }
+
+    fn names(&self, folder: &HostPath) -> Result<Vec<String>, km_host::Error> {
+        Ok(self.folders.get(folder).cloned().unwrap_or_default())
+    }
+}
+
+struct Recorder<'a, F> {
+    files: &'a F,
+    seen: RefCell<Snapshot>,
+}
+
+impl<F: Files> Files for Recorder<'_, F> {
+    fn read(&self, path: &HostPath) -> Result<Option<Vec<u8>>, km_host::Error> {
+        let bytes = self.files.read(path)?;
+        let mut seen = self.seen.borrow_mut();
+        seen.files.insert(path.clone(), bytes.clone());
+        Ok(bytes)
+    }
+
+    fn names(&self, folder: &HostPath) -> Result<Vec<String>, km_host::Error> {
+        let names = self.files.names(folder)?;
+        let mut seen = self.seen.borrow_mut();
+        seen.folders.insert(folder.clone(), names.clone());
+        Ok(names)
+    }
+}
+
 /// Why the configuration in force cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub enum ReadError {
     /// A file is no TOML, so that containerd does not start with it.
-    #[error("{path} is not valid TOML; containerd does not start with it. Correct it, then try again")]
+    #[error(
+        "{path} is not valid TOML; containerd does not start with it. Correct it, then try again"
+    )]
     Parse {
         /// The file.
         path: HostPath,
@@ -134,7 +198,9 @@ pub enum ReadError {
         path: HostPath,
     },
     /// An import is no path or no pattern.
-    #[error("{by} imports {import:?}, which cannot be read as a path or pattern: {reason}. Correct it, then try again")]
+    #[error(
+        "{by} imports {import:?}, which cannot be read as a path or pattern: {reason}. Correct it, then try again"
+    )]
     BadImport {
         /// The file that imports it.
         by: HostPath,
@@ -223,7 +289,8 @@ impl Effective {
         };
         let mut known = BTreeSet::new();
         let mut size = 0;
-        let mut pending: VecDeque<(HostPath, Option<usize>)> = VecDeque::from([(main.clone(), None)]);
+        let mut pending: VecDeque<(HostPath, Option<usize>)> =
+            VecDeque::from([(main.clone(), None)]);
         while let Some((path, by)) = pending.pop_front() {
             if !known.insert(path.clone()) {
                 continue;
@@ -296,7 +363,11 @@ impl Effective {
         if self.version.major < 2 {
             return PLUGIN_V2;
         }
-        let has = |plugin: &str| self.files.iter().any(|file| file.document.has_plugin(plugin));
+        let has = |plugin: &str| {
+            self.files
+                .iter()
+                .any(|file| file.document.has_plugin(plugin))
+        };
         let version = self
             .files
             .iter()
@@ -320,6 +391,12 @@ impl Effective {
             .rev()
             .find(|file| file.document.has_plugin(plugin))?;
         (last.path != self.main).then_some(last)
+    }
+
+    /// The folder whose `bin` containerd puts before its PATH, if one is set.
+    pub fn opt_path(&self) -> Option<&str> {
+        let mut files = self.files.iter().rev();
+        files.find_map(|file| file.document.opt_path())
     }
 
     /// The handlers in force, by name. containerd's own defaults are not among them.

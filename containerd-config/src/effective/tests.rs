@@ -18,7 +18,10 @@ impl Memory {
 
 impl Files for Memory {
     fn read(&self, path: &HostPath) -> Result<Option<Vec<u8>>, km_host::Error> {
-        Ok(self.0.get(path.as_str()).map(|text| text.clone().into_bytes()))
+        Ok(self
+            .0
+            .get(path.as_str())
+            .map(|text| text.clone().into_bytes()))
     }
 
     fn names(&self, folder: &HostPath) -> Result<Vec<String>, km_host::Error> {
@@ -36,23 +39,40 @@ fn path(text: &str) -> HostPath {
 }
 
 fn load(files: &[(&str, &str)], version: ContainerdVersion) -> Effective {
-    Effective::load(&Memory::new(files), &path("/etc/containerd/config.toml"), version).unwrap()
+    Effective::load(
+        &Memory::new(files),
+        &path("/etc/containerd/config.toml"),
+        version,
+    )
+    .unwrap()
 }
 
 fn names(effective: &Effective) -> Vec<String> {
-    effective.handlers().into_iter().map(|handler| handler.name).collect()
+    effective
+        .handlers()
+        .into_iter()
+        .map(|handler| handler.name)
+        .collect()
 }
 
 fn paths(effective: &Effective) -> Vec<&str> {
-    effective.files.iter().map(|file| file.path.as_str()).collect()
+    effective
+        .files
+        .iter()
+        .map(|file| file.path.as_str())
+        .collect()
 }
 
 fn v2(name: &str) -> String {
-    format!("[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.{name}]\nruntime_type = \"x.y.v1\"\n")
+    format!(
+        "[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.{name}]\nruntime_type = \"x.y.v1\"\n"
+    )
 }
 
 fn v3(name: &str) -> String {
-    format!("[plugins.\"io.containerd.cri.v1.runtime\".containerd.runtimes.{name}]\nruntime_type = \"x.y.v1\"\n")
+    format!(
+        "[plugins.\"io.containerd.cri.v1.runtime\".containerd.runtimes.{name}]\nruntime_type = \"x.y.v1\"\n"
+    )
 }
 
 const MAIN: &str = "/etc/containerd/config.toml";
@@ -63,7 +83,10 @@ fn imports_are_found_as_each_version_finds_them() {
     let files = [
         (MAIN, main),
         ("/etc/containerd/conf.d/2.toml", ""),
-        ("/etc/containerd/conf.d/1.toml", "imports = ['../b.toml', 'own.toml', '/etc/containerd/config.toml']"),
+        (
+            "/etc/containerd/conf.d/1.toml",
+            "imports = ['../b.toml', 'own.toml', '/etc/containerd/config.toml']",
+        ),
         ("/etc/containerd/conf.d/own.toml", ""),
         ("/etc/containerd/conf.d/no.txt", "["),
         ("/conf.d/root.toml", ""),
@@ -82,7 +105,10 @@ fn imports_are_found_as_each_version_finds_them() {
     );
     assert_eq!(found.missing[0].path, path("/c.toml"));
     assert_eq!(found.missing[0].by, path(MAIN));
-    assert_eq!(paths(&load(&files, V16)), [MAIN, "/conf.d/root.toml", "/etc/containerd/b.toml"]);
+    assert_eq!(
+        paths(&load(&files, V16)),
+        [MAIN, "/conf.d/root.toml", "/etc/containerd/b.toml"]
+    );
     assert_eq!(
         found.imported_folder("60-x.toml"),
         Some(path("/etc/containerd/conf.d/60-x.toml"))
@@ -92,15 +118,24 @@ fn imports_are_found_as_each_version_finds_them() {
 
 #[test]
 fn one_x_takes_the_last_table_of_a_plugin_whole() {
-    let main = format!("version = 2\nimports = ['/i/*']\n{}{}", v2("runc"), v2("kata"));
+    let main = format!(
+        "version = 2\nimports = ['/i/*']\n{}{}",
+        v2("runc"),
+        v2("kata")
+    );
     let other = v2("foo");
-    let files = [(MAIN, main.as_str()), ("/i/a", other.as_str()), ("/i/b", "version = 2\n[grpc]\n")];
+    let files = [
+        (MAIN, main.as_str()),
+        ("/i/a", other.as_str()),
+        ("/i/b", "version = 2\n[grpc]\n"),
+    ];
     for version in [V16, V17] {
         let found = load(&files, version);
         assert_eq!(names(&found), ["foo"]);
         assert_eq!(found.replaces_main().unwrap().path, path("/i/a"));
         assert_eq!(found.owners()["io.containerd.grpc.v1.cri"], [path("/i/a")]);
-        let runtimes = &found.merged()["plugins"]["io.containerd.grpc.v1.cri"]["containerd"]["runtimes"];
+        let runtimes =
+            &found.merged()["plugins"]["io.containerd.grpc.v1.cri"]["containerd"]["runtimes"];
         assert_eq!(runtimes.as_object().unwrap().len(), 1);
     }
     let found = load(&files, V2);
@@ -113,8 +148,18 @@ fn one_x_takes_the_last_table_of_a_plugin_whole() {
 #[test]
 fn versions_that_do_not_meet_lose_handlers() {
     for (main_version, main, import, wanted) in [
-        ("version = 3", v3("m"), format!("version = 2\n{}", v2("a")), &["m"][..]),
-        ("version = 2", v2("m"), format!("version = 3\n{}", v3("q")), &["q"]),
+        (
+            "version = 3",
+            v3("m"),
+            format!("version = 2\n{}", v2("a")),
+            &["m"][..],
+        ),
+        (
+            "version = 2",
+            v2("m"),
+            format!("version = 3\n{}", v3("q")),
+            &["q"],
+        ),
         ("version = 3", v3("m"), v3("n"), &["m", "n"]),
         ("version = 3", v3("m"), v2("o"), &["m"]),
         ("version = 2", v2("m"), v3("n"), &["n"]),
@@ -129,12 +174,19 @@ fn versions_that_do_not_meet_lose_handlers() {
 
 #[test]
 fn a_later_file_wins_key_by_key_on_two_x() {
-    let main = format!("version = 3\nimports = ['/i']\n{}pod_annotations = ['a', 'b']\n", v3("m"));
-    let import = "[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.m]\npod_annotations = ['c']\n";
+    let main = format!(
+        "version = 3\nimports = ['/i']\n{}pod_annotations = ['a', 'b']\n",
+        v3("m")
+    );
+    let import =
+        "[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.m]\npod_annotations = ['c']\n";
     let found = load(&[(MAIN, &main), ("/i", import)], V2);
     let handler = &found.handlers()[0];
     assert_eq!(handler.settings["runtime_type"], "x.y.v1");
-    assert_eq!(handler.settings["pod_annotations"], serde_json::json!(["c"]));
+    assert_eq!(
+        handler.settings["pod_annotations"],
+        serde_json::json!(["c"])
+    );
     assert_eq!(handler.files, [path(MAIN), path("/i")]);
 }
 
@@ -152,7 +204,10 @@ fn no_file_is_nothing_and_a_broken_one_is_named() {
 
 #[test]
 fn what_is_to_be_is_read_before_what_is() {
-    let files = Memory::new(&[(MAIN, "imports = ['d/*.toml']\n"), ("/etc/containerd/d/old.toml", "")]);
+    let files = Memory::new(&[
+        (MAIN, "imports = ['d/*.toml']\n"),
+        ("/etc/containerd/d/old.toml", ""),
+    ]);
     let changes = [
         (path("/etc/containerd/d/old.toml"), None),
         (path("/etc/containerd/d/new.toml"), Some(Vec::new())),

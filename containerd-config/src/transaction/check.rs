@@ -18,6 +18,8 @@ const COPY_MODE: u32 = 0o600;
 /// Settings of a dump that say how the file was read, not what is in force: which files it was made from, and the version
 /// that it was migrated to.
 const NOT_COMPARED: [&str; 2] = ["imports", "version"];
+/// The handler that containerd has without being told.
+const DEFAULT_HANDLER: &str = "runc";
 /// How many differing settings an error lists.
 const SHOWN: usize = 8;
 /// What most often makes a dump differ from the file.
@@ -42,8 +44,17 @@ pub(super) async fn check<D: Daemon>(
     has_wanted(change, &found)?;
     has_settings(change, &found)?;
     has_none_unwanted(change, &found)?;
+    if let Some(understood) = &change.understood {
+        as_understood(change, &understood.then, &found, "would be")?;
+    }
     match within(change.deadlines.dump, daemon.dump(told)).await {
-        Ok(Some(current)) => keeps_the_rest(change, &parsed(change, &current)?, &candidate),
+        Ok(Some(current)) => {
+            let current = parsed(change, &current)?;
+            if let Some(understood) = &change.understood {
+                as_understood(change, &understood.now, &in_force(&current), "are")?;
+            }
+            keeps_the_rest(change, &current, &candidate)
+        }
         Ok(None) => Ok(()),
         Err(error) => {
             // The old file is refused and the new one is not: there is nothing to compare with, and nothing to lose.
@@ -60,22 +71,71 @@ async fn dump_candidate<D: Daemon>(
     told: &Path,
 ) -> Result<Option<String>, TransactionError> {
     let copy = copy_path(told);
-    if let Some(after) = &change.after {
-        if !copy.parent().is_some_and(Path::is_dir) {
-            // The folder is made only when the file is written.
-            return Ok(None);
-        }
-        atomic::write(&copy, after, COPY_MODE)?;
+    let mut copies: Vec<(&Path, &[u8])> = Vec::new();
+    if let Some(dry_run) = &change.dry_run {
+        copies.push((&copy, &dry_run.main));
+        let more = dry_run.copies.iter();
+        copies.extend(more.map(|(path, bytes)| (path.as_path(), bytes.as_slice())));
+    } else if let Some(after) = &change.after {
+        copies.push((&copy, after));
     }
-    let dump = within(change.deadlines.dump, daemon.dump(&copy)).await;
-    if change.after.is_some() {
-        atomic::remove_file(&copy)?;
+    if !copies.is_empty() && !copy.parent().is_some_and(Path::is_dir) {
+        // The folder is made only when the file is written.
+        return Ok(None);
     }
+    let dump = match copies
+        .iter()
+        .try_for_each(|(path, bytes)| atomic::write(path, bytes, COPY_MODE))
+    {
+        Ok(()) => Ok(within(change.deadlines.dump, daemon.dump(&copy)).await),
+        Err(error) => Err(error),
+    };
+    for (path, _) in &copies {
+        atomic::remove_file(path)?;
+    }
+    let dump = dump?;
     dump.map_err(|error| failed(change, "containerd refuses it".to_owned(), Some(error)))
 }
 
-/// The name of the copy. It does not end in `.toml`, so that no `imports` pattern for such files picks it up.
-pub(super) fn copy_path(path: &Path) -> PathBuf {
+/// The handlers in force by containerd's own reading are those of ours. Its default ones may be there besides.
+fn as_understood(
+    change: &Change,
+    understood: &[String],
+    found: &[FoundHandler],
+    are: &str,
+) -> Result<(), TransactionError> {
+    let counts = |name: &&str| *name != DEFAULT_HANDLER;
+    let ours: Vec<&str> = understood
+        .iter()
+        .map(String::as_str)
+        .filter(counts)
+        .collect();
+    let theirs = found.iter().map(|handler| handler.name.as_str());
+    let theirs: Vec<&str> = theirs.filter(counts).collect();
+    let only = |these: &[&str], those: &[&str]| -> Vec<String> {
+        let these = these.iter().filter(|name| !those.contains(name));
+        these.map(|name| (*name).to_owned()).collect()
+    };
+    let (missing, extra) = (only(&ours, &theirs), only(&theirs, &ours));
+    if missing.is_empty() && extra.is_empty() {
+        return Ok(());
+    }
+    let words = |names: &[String]| match names {
+        [] => "none".to_owned(),
+        names => names.join(", "),
+    };
+    let problem = format!(
+        "by the files and their imports other handlers {are} in force than `containerd config dump` shows. Only in the files: \
+         {}. Only in the dump: {}. Look at `kata-manager containerd show`: most often two files have different versions, or \
+         an import is not there",
+        words(&missing),
+        words(&extra)
+    );
+    Err(failed(change, problem, None))
+}
+
+/// The name of the copy of a file. It does not end in `.toml`, so that no `imports` pattern for such files picks it up.
+pub fn copy_path(path: &Path) -> PathBuf {
     let mut name = OsString::from(".");
     name.push(path.file_name().unwrap_or_default());
     name.push(".kata-manager.check");

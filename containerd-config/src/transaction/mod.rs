@@ -25,6 +25,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+pub use check::copy_path;
 pub use error::{Cause, Restoration, RestoreError, TransactionError};
 pub use resume::{Resumed, resume};
 
@@ -128,11 +129,49 @@ impl Default for Deadlines {
     }
 }
 
+/// A file beside the main one that a change writes or removes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OtherFile {
+    /// The file, with no symlink left to follow outside the host's root.
+    pub path: PathBuf,
+    /// The bytes that the edit was made from; `None` if there was no file.
+    pub before: Option<Vec<u8>>,
+    /// The bytes to write; `None` to remove the file.
+    pub after: Option<Vec<u8>>,
+    /// Where the old bytes are kept.
+    pub backup: PathBuf,
+}
+
+/// What containerd is to read in a dry run, where that is more than the new main file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DryRun {
+    /// The main file as it is to be, importing copies in place of files that are not written yet.
+    pub main: Vec<u8>,
+    /// The copies: files beside the main one, and what is put into them while the dry run lasts.
+    pub copies: Vec<(PathBuf, Vec<u8>)>,
+}
+
+/// The handlers that the files say are in force, by our reading of them: containerd's own must be the same.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Understood {
+    /// Before the change.
+    pub now: Vec<String>,
+    /// After it.
+    pub then: Vec<String>,
+}
+
 /// A change of containerd's configuration. Paths are as this process sees them.
 #[derive(Debug, Clone)]
 pub struct Change {
-    /// The file, with no symlink left to follow outside the host's root.
+    /// The main file, with no symlink left to follow outside the host's root. It may stay as it is.
     pub path: PathBuf,
+    /// Other files that change with it. All of them are written, or none: those that come into being or change are written
+    /// before the main file, those that go are removed after it.
+    pub others: Vec<OtherFile>,
+    /// What the dry run reads; `None` for the new main file.
+    pub dry_run: Option<DryRun>,
+    /// What is in force by our own reading; `None` to compare nothing.
+    pub understood: Option<Understood>,
     /// The path that containerd is told, if a symlink leads to `path`: relative imports count from its folder, so the dry
     /// run's copy is put there.
     pub told_path: Option<PathBuf>,
@@ -178,6 +217,9 @@ impl Change {
     ) -> Change {
         Change {
             path,
+            others: Vec::new(),
+            dry_run: None,
+            understood: None,
             told_path: None,
             before,
             after: (!edited.remove_file).then(|| edited.text.clone().into_bytes()),
@@ -193,6 +235,25 @@ impl Change {
             deadlines: Deadlines::default(),
         }
     }
+
+    /// Whether any file changes.
+    fn differs(&self) -> bool {
+        self.before != self.after || self.others.iter().any(|file| file.before != file.after)
+    }
+}
+
+/// A file of [`Owed`] beside the main one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct OwedFile {
+    /// The file.
+    pub path: PathBuf,
+    /// Digest of the bytes before; `None` if there was no file.
+    pub before: Option<Digest>,
+    /// Digest of the bytes that were to be written; `None` if the file was to be removed.
+    pub after: Option<Digest>,
+    /// The copy of the bytes before.
+    pub backup: PathBuf,
 }
 
 /// What a crash leaves to be done. Only what cannot be observed; see [`resume`].
@@ -207,6 +268,9 @@ pub struct Owed {
     pub after: Option<Digest>,
     /// The copy of the bytes before.
     pub backup: PathBuf,
+    /// The other files.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub others: Vec<OwedFile>,
     /// Handlers that were to be live.
     pub want_live: Vec<Handler>,
     /// Handlers that were to be gone.
@@ -254,8 +318,8 @@ pub async fn run<D: Daemon>(
     journal: &mut dyn Journal,
     report: Reporter<'_>,
 ) -> Result<Outcome, TransactionError> {
-    files::require_unchanged(&change.path, change.before.as_deref())?;
-    let differs = change.before != change.after;
+    files::require_unchanged(change)?;
+    let differs = change.differs();
     let restart = change.restart == Restart::IfNeeded;
     let restart_owed = restart && change.restart_owed;
     if !differs && !restart_owed {
@@ -264,7 +328,7 @@ pub async fn run<D: Daemon>(
     let previous = ready::previous(daemon, change).await?;
     if differs {
         check::check(change, daemon, report).await?;
-        files::require_unchanged(&change.path, change.before.as_deref())?;
+        files::require_unchanged(change)?;
     }
     let mut owed = record(change, &previous);
     journal
@@ -308,7 +372,7 @@ fn give_up(owed: &Owed, journal: &mut dyn Journal, error: TransactionError) -> T
 /// # Errors
 /// When something is there and cannot be removed.
 pub fn remove_leftovers(path: &Path) -> Result<(), km_host::Error> {
-    let copy = check::copy_path(path);
+    let copy = copy_path(path);
     for path in [path, copy.as_path()] {
         km_host::atomic::remove_leftover(path)?;
     }
@@ -321,6 +385,7 @@ fn record(change: &Change, previous: &Previous) -> Owed {
         before: change.before.as_deref().map(Digest::of),
         after: change.after.as_deref().map(Digest::of),
         backup: change.backup.clone(),
+        others: change.others.iter().map(owed_file).collect(),
         want_live: change.want_live.clone(),
         want_gone: change.want_gone.clone(),
         given_back: change.given_back.clone(),
@@ -329,6 +394,15 @@ fn record(change: &Change, previous: &Previous) -> Owed {
         restart: change.restart,
         restarting: false,
         deadlines: change.deadlines,
+    }
+}
+
+fn owed_file(file: &OtherFile) -> OwedFile {
+    OwedFile {
+        path: file.path.clone(),
+        before: file.before.as_deref().map(Digest::of),
+        after: file.after.as_deref().map(Digest::of),
+        backup: file.backup.clone(),
     }
 }
 

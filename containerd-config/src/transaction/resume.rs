@@ -13,9 +13,10 @@ use crate::live::LiveHandlers;
 pub enum Resumed {
     /// The new file had been written; its handlers are live now, or it is not for us to restart.
     Finished,
-    /// The new file had not been written; containerd runs with the old one.
+    /// The new file had not been written, or not all of several: those that were are as before again, and containerd runs
+    /// with the old ones.
     NotBegun,
-    /// Someone else has changed the file since. It is left as it is; plan again from what it says now.
+    /// Someone else has changed a file since. It is left as it is; plan again from what it says now.
     ChangedByOthers,
 }
 
@@ -34,14 +35,11 @@ pub async fn resume<D: Daemon>(
     report: Reporter<'_>,
 ) -> Result<Resumed, TransactionError> {
     let mut owed = owed.clone();
-    let found = files::read(&owed.path)?.as_deref().map(Digest::of);
-    let resumed = if found == owed.after {
-        Resumed::Finished
-    } else if found == owed.before {
-        Resumed::NotBegun
-    } else {
-        Resumed::ChangedByOthers
-    };
+    let resumed = found(&owed)?;
+    if resumed == Resumed::NotBegun {
+        // Of several files some may have been written.
+        files::restore(&owed).map_err(|error| TransactionError::NotRestored(Box::new(error)))?;
+    }
     let restart = owed.restart == Restart::IfNeeded;
     match resumed {
         Resumed::Finished if restart && !(owed.restarting && is_live(&owed, daemon).await) => {
@@ -59,6 +57,25 @@ pub async fn resume<D: Daemon>(
     }
     journal.settled().map_err(TransactionError::Journal)?;
     Ok(resumed)
+}
+
+/// How far the other process came, by what is there.
+fn found(owed: &Owed) -> Result<Resumed, TransactionError> {
+    let mut all_new = true;
+    let mut all_known = true;
+    let main = (&owed.path, &owed.before, &owed.after);
+    let others = owed.others.iter();
+    let others = others.map(|file| (&file.path, &file.before, &file.after));
+    for (path, before, after) in std::iter::once(main).chain(others) {
+        let found = files::read(path)?.as_deref().map(Digest::of);
+        all_new &= found == *after;
+        all_known &= found == *after || found == *before;
+    }
+    Ok(match (all_new, all_known) {
+        (true, _) => Resumed::Finished,
+        (false, true) => Resumed::NotBegun,
+        (false, false) => Resumed::ChangedByOthers,
+    })
 }
 
 async fn is_live<D: Daemon>(owed: &Owed, daemon: &D) -> bool {

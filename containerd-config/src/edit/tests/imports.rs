@@ -23,7 +23,11 @@ fn an_import_goes_in_and_out_of_every_layout() {
         let document = Document::parse(&added.text).unwrap();
         assert_eq!(document.imports()[0], ENTRY, "{text}");
         assert!(document.version().is_some(), "{text}");
-        assert_eq!(add_import(&added.text, ENTRY, 3, false).unwrap(), added, "{text}");
+        assert_eq!(
+            add_import(&added.text, ENTRY, 3, false).unwrap(),
+            added,
+            "{text}"
+        );
         let removed = remove_import(&added.text, ENTRY).unwrap();
         assert_eq!(removed.text, text);
         assert!(!removed.remove_file);
@@ -37,11 +41,26 @@ fn an_import_goes_in_and_out_of_every_layout() {
 fn what_others_did_to_the_list_stays() {
     for (text, wanted) in [
         (format!("imports = [{ENTRY:?}]\n"), "imports = []\n"),
-        (format!("imports = [\"/a\", {ENTRY:?}]\n"), "imports = [\"/a\"]\n"),
-        (format!("imports = [\"/a\", {ENTRY:?},]\n"), "imports = [\"/a\", ]\n"),
-        (format!("imports = [\n  \"/a\", # a\n  {ENTRY:?}\n]\n"), "imports = [\n  \"/a\" # a\n  \n]\n"),
-        (format!("imports = [{ENTRY:?},\"/a\"]\n"), "imports = [\"/a\"]\n"),
-        (format!("imports = [{ENTRY:?}, \"/a\", {ENTRY:?}]\n"), "imports = [ \"/a\"]\n"),
+        (
+            format!("imports = [\"/a\", {ENTRY:?}]\n"),
+            "imports = [\"/a\"]\n",
+        ),
+        (
+            format!("imports = [\"/a\", {ENTRY:?},]\n"),
+            "imports = [\"/a\", ]\n",
+        ),
+        (
+            format!("imports = [\n  \"/a\", # a\n  {ENTRY:?}\n]\n"),
+            "imports = [\n  \"/a\" # a\n  \n]\n",
+        ),
+        (
+            format!("imports = [{ENTRY:?},\"/a\"]\n"),
+            "imports = [\"/a\"]\n",
+        ),
+        (
+            format!("imports = [{ENTRY:?}, \"/a\", {ENTRY:?}]\n"),
+            "imports = [ \"/a\"]\n",
+        ),
     ] {
         assert_eq!(remove_import(&text, ENTRY).unwrap().text, wanted, "{text}");
     }
@@ -52,7 +71,10 @@ fn what_others_did_to_the_list_stays() {
     assert_eq!(removed.text, "version = 3\nimports = [ '/b']\n[x]\ny = 1\n");
     assert!(!removed.remove_file);
     let text = created + "[x]\ny = 1\n";
-    assert_eq!(remove_import(&text, ENTRY).unwrap().text, "version = 3\n[x]\ny = 1\n");
+    assert_eq!(
+        remove_import(&text, ENTRY).unwrap().text,
+        "version = 3\n[x]\ny = 1\n"
+    );
 }
 
 #[test]

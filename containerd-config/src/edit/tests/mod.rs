@@ -46,3 +46,11 @@ fn ours(text: &str) -> Vec<String> {
         .map(|handler| handler.name)
         .collect()
 }
+
+fn drifted(edited: &Edited) -> Vec<&str> {
+    edited
+        .drifted
+        .iter()
+        .map(|drift| drift.name.as_str())
+        .collect()
+}

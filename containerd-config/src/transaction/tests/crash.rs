@@ -116,3 +116,97 @@ fn a_transaction_can_be_spawned() {
     sendable(run(&change, &node.fake, &mut node.book, &mut |_| {}));
     sendable(resume(&owed, &node.fake, &mut node.book, &mut |_| {}));
 }
+
+/// A main file that stays and a drop-in that comes: killed after any of the writes, nothing is left half way.
+#[tokio::test(start_paused = true)]
+async fn several_files_are_all_written_or_none() {
+    for written in 0..4 {
+        let mut node = Node::new(Some(BEFORE));
+        let mut change = node.set(&[handler("km")]);
+        let folder = node.dir.path().join("etc/containerd/conf.d");
+        let drop_in = folder.join("60-km.toml");
+        let going = node.dir.path().join("etc/containerd/old.toml");
+        fs::write(&going, "# old").unwrap();
+        for (path, before, after) in [
+            (&drop_in, None, Some(b"# new".to_vec())),
+            (&going, Some(b"# old".to_vec()), None),
+        ] {
+            change.others.push(OtherFile {
+                path: path.clone(),
+                before,
+                after,
+                backup: node
+                    .dir
+                    .path()
+                    .join("state")
+                    .join(path.file_name().unwrap()),
+            });
+        }
+        let mut owed = record(&change, &Some(node.fake.read()));
+        files::write(&change, &mut owed, &mut node.book).unwrap();
+        assert!(!going.exists() && drop_in.exists());
+        assert_eq!(owed.made_folders, std::slice::from_ref(&folder));
+        // Take back what a process that was killed earlier had not done.
+        if written < 3 {
+            fs::write(&going, "# old").unwrap();
+        }
+        if written < 2 {
+            fs::write(&change.path, BEFORE).unwrap();
+        }
+        if written < 1 {
+            fs::remove_file(&drop_in).unwrap();
+        }
+        node.book.owed = Some(owed);
+        let resumed = node.resume().await.unwrap();
+        if written == 3 {
+            assert_eq!(resumed, Resumed::Finished);
+            assert_eq!(node.live().unwrap(), ["km", "runc"]);
+            continue;
+        }
+        assert_eq!(resumed, Resumed::NotBegun, "{written}");
+        assert_eq!(fs::read_to_string(&going).unwrap(), "# old");
+        assert!(!folder.exists(), "{written}");
+        fs::remove_file(going).unwrap();
+        node.is_as_before();
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_rollback_puts_every_file_back() {
+    let mut node = Node::new(Some(BEFORE));
+    let mut change = node.set(&[handler("km")]);
+    let drop_in = node.dir.path().join("etc/containerd/conf.d/60-km.toml");
+    change.others.push(OtherFile {
+        path: drop_in.clone(),
+        before: None,
+        after: Some(b"# new".to_vec()),
+        backup: node.dir.path().join("state/drop-in"),
+    });
+    node.restarts_will(&[Restarted::Silent]);
+    let error = node.run(&change).await.unwrap_err();
+    assert!(told(&error).contains("was restored"), "{}", told(&error));
+    node.is_as_before();
+    // A drop-in that somebody put there meanwhile makes the plan stale.
+    fs::create_dir_all(drop_in.parent().unwrap()).unwrap();
+    fs::write(&drop_in, "# theirs").unwrap();
+    let error = node.run(&change).await.unwrap_err();
+    assert!(matches!(error, TransactionError::Stale { path } if path == drop_in));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reading_that_differs_from_containerds_stops_it() {
+    let mut node = Node::new(Some(BEFORE));
+    let mut change = node.set(&[handler("km")]);
+    change.understood = Some(Understood {
+        now: vec!["runc".into(), "theirs".into()],
+        then: vec!["km".into(), "theirs".into()],
+    });
+    let error = told(&node.run(&change).await.unwrap_err());
+    assert!(error.contains("Only in the files: theirs"), "{error}");
+    node.is_as_before();
+    change.understood = Some(Understood {
+        now: Vec::new(),
+        then: vec!["km".into()],
+    });
+    node.run(&change).await.unwrap();
+}

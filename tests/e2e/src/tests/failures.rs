@@ -256,7 +256,7 @@ fn containerds_file_is_broken(sandbox: &Sandbox) -> Result<()> {
     let lines = good.iter().filter(|&&byte| byte == b'\n').count();
     let line = format!("line {}", lines + 1);
     let file = path.display().to_string();
-    node.refuses(&["apply"], 8, &[&file, &line])?;
+    node.refuses(&["apply"], 3, &[&file, &line])?;
     fs::write(&path, good)?;
     recovers(&node)
 }

@@ -261,6 +261,11 @@ impl Node {
             beside == ["conf.d", "config.toml"],
             "beside containerd's configuration lies {beside:?}"
         );
+        let drop_ins = names(&self.containerd.dir().join("etc/conf.d"))?;
+        ensure!(
+            !drop_ins.iter().any(|name| name.contains("kata-manager")),
+            "in conf.d lies {drop_ins:?}"
+        );
         Ok(())
     }
 

@@ -24,6 +24,10 @@ pub(crate) const TESTS: &[Test] = &[
         a_foreign_handler(s, Version::V2)
     }),
     (
+        "a_handler_in_an_imported_file",
+        a_handler_in_an_imported_file,
+    ),
+    (
         "a_configuration_behind_a_link",
         a_configuration_behind_a_link,
     ),
@@ -99,6 +103,30 @@ fn a_foreign_handler(sandbox: &Sandbox, version: Version) -> Result<()> {
     let again = node.km.expect(&["apply"], 0)?;
     ensure!(again.stdout.starts_with("Nothing to do"), "{again}");
     node.uninstall(&original, &[DEMO, "runc"])?;
+    Ok(())
+}
+
+/// An imported file's table of a plugin takes the place of the main file's (containerd 1.x): it is in force, and it is somebody's.
+fn a_handler_in_an_imported_file(sandbox: &Sandbox) -> Result<()> {
+    let node = Node::start(sandbox, &Options::new(Version::V1_7))?;
+    let drop_in = node.containerd.dir().join("etc/conf.d/10-theirs.toml");
+    let config = fs::read_to_string(node.containerd.config())?;
+    let own: Vec<&str> = config
+        .lines()
+        .filter(|line| !line.starts_with("imports"))
+        .collect();
+    let text = format!(
+        "{}\n[plugins.\"io.containerd.grpc.v1.cri\".containerd.runtimes.{DEMO}]\n  \
+         runtime_type = \"io.containerd.runc.v2\"\n",
+        own.join("\n")
+    );
+    fs::write(&drop_in, &text)?;
+    node.containerd.restart()?;
+    ensure!(node.containerd.cri().handlers()? == [DEMO, "runc"]);
+    let names = drop_in.display().to_string();
+    node.refuses(&["plan"], 3, &[DEMO, &names])?;
+    node.refuses(&["apply"], 3, &[DEMO, &names])?;
+    ensure!(fs::read_to_string(&drop_in)? == text, "their file changed");
     Ok(())
 }
 
