@@ -162,6 +162,32 @@ fn place(base: &Stripped) -> usize {
 }
 
 fn render_block(out: &mut String, plan: &Plan<'_>, state: &State, eol: &str) {
+    let tables = plan.handlers().map(|ours| {
+        let comment = state.restated.contains(&ours.name).then_some(RESTATED);
+        (ours, comment)
+    });
+    render(out, tables, plugin(plan.version), state, eol);
+}
+
+/// Our block with these tables, in a configuration of this version.
+pub(super) fn render_tables(
+    out: &mut String,
+    tables: &[OurTable],
+    version: u32,
+    state: &State,
+    eol: &str,
+) {
+    let tables = tables.iter().map(|ours| (ours, None));
+    render(out, tables, plugin(version), state, eol);
+}
+
+fn render<'t>(
+    out: &mut String,
+    tables: impl Iterator<Item = (&'t OurTable, Option<&'t str>)>,
+    plugin: &str,
+    state: &State,
+    eol: &str,
+) {
     let mut line = |text: &str| {
         out.push_str(text);
         out.push_str(eol);
@@ -170,13 +196,13 @@ fn render_block(out: &mut String, plan: &Plan<'_>, state: &State, eol: &str) {
     // Names and digests always have a JSON form.
     let state = serde_json::to_string(state).unwrap_or_default();
     line(&format!("{STATE}{state}"));
-    for (index, ours) in plan.handlers().enumerate() {
+    for (index, (ours, comment)) in tables.enumerate() {
         if index > 0 {
             line("");
         }
-        let mut lines = table(ours, plugin(plan.version));
-        if index >= plan.wanted.len() {
-            lines.insert(1, RESTATED.to_owned());
+        let mut lines = table(ours, plugin);
+        if let Some(comment) = comment {
+            lines.insert(1, comment.to_owned());
         }
         for text in lines {
             line(&text);

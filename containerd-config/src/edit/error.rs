@@ -47,6 +47,15 @@ pub enum EditError {
         /// The value as written.
         value: String,
     },
+    /// A template has our first comment line and not the last, or twice.
+    #[error(
+        "line {line}: a block of kata-manager's begins here, and has no last line or is there twice. Take out every line from \
+         `# >>> kata-manager` to `# <<< kata-manager`, then try again"
+    )]
+    HalfBlock {
+        /// Where it begins.
+        line: usize,
+    },
     /// `imports` is no list, so containerd does not start with the file.
     #[error(
         "line {line}: `imports` is no list of files. Make it one, such as imports = [], then try again"

@@ -21,7 +21,7 @@ use super::lines::Lines;
 /// Every first line of something of ours begins so.
 const BEGIN: &str = "# >>> kata-manager: ";
 /// First line of the block with the handlers.
-pub(super) const BEGIN_HANDLERS: &str = "# >>> kata-manager: runtime handlers, added by \"kata-manager apply\"; \"kata-manager uninstall\" removes them";
+pub(crate) const BEGIN_HANDLERS: &str = "# >>> kata-manager: runtime handlers, added by \"kata-manager apply\"; \"kata-manager uninstall\" removes them";
 /// First line of the block with the version.
 pub(super) const BEGIN_VERSION: &str =
     "# >>> kata-manager: version, added because the file had no settings";

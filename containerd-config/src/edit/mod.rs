@@ -14,6 +14,7 @@ mod imports;
 mod lines;
 mod marks;
 mod strip;
+mod template;
 #[cfg(test)]
 mod tests;
 mod verify;
@@ -25,6 +26,8 @@ pub(crate) use document::{PLUGIN_V2, PLUGIN_V3};
 pub use error::{EditError, ParseError};
 pub use imports::{EditedImport, add_import, remove_import};
 pub(crate) use imports::{own_import, with_imports};
+pub(crate) use marks::BEGIN_HANDLERS as BLOCK;
+pub use template::{BASE as TEMPLATE_BASE, set_template};
 
 use crate::digest::Digest;
 use crate::handler::{Handler, Settings};

@@ -206,7 +206,7 @@ fn own_lines(
 }
 
 /// Where the blank line before a block begins, which is ours too; where the block begins if there is none.
-fn separator(lines: &Lines<'_>, text: &str, block: &Block) -> usize {
+pub(super) fn separator(lines: &Lines<'_>, text: &str, block: &Block) -> usize {
     let begin = block.begin.start;
     if begin <= bom(text) {
         return begin;
@@ -260,7 +260,7 @@ fn cut_version(
 }
 
 /// Where the line break that ends right at `at` begins.
-fn line_break_before(text: &str, at: usize) -> usize {
+pub(super) fn line_break_before(text: &str, at: usize) -> usize {
     let before = &text[..at];
     let without = before
         .strip_suffix("\r\n")

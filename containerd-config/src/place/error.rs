@@ -102,6 +102,36 @@ pub enum PlaceError {
         /// The main file's version.
         wanted: u32,
     },
+    /// A handler comes from a template, which is not read.
+    #[error(
+        "{main}, line {line}, has the handler {name:?}, from the template that it is rendered from: --adopt cannot help there. Take it out of \
+         the template, or give the class another handler name"
+    )]
+    InTemplate {
+        /// The handler.
+        name: String,
+        /// The rendered file.
+        main: HostPath,
+        /// The line of its table there.
+        line: usize,
+    },
+    /// A drop-in was asked for and the rendered file imports no folder for one.
+    #[error(
+        "containerd.placement is `dropIn`, and {main} is rendered anew at each start without importing a folder for drop-ins. Use `auto` or \
+         `main`, which extend the template"
+    )]
+    NoFolder {
+        /// The rendered file.
+        main: HostPath,
+    },
+    /// There is no rendered file yet.
+    #[error(
+        "{main} is not there: it is rendered when the service starts. Start it once, then try again"
+    )]
+    NotRendered {
+        /// The rendered file.
+        main: HostPath,
+    },
     /// The merged reading of the new files is not as meant.
     #[error(
         "with the new files {problem}; nothing was changed. `kata-manager containerd show` tells which file has what"

@@ -9,6 +9,7 @@
 
 mod error;
 mod proof;
+mod rendered;
 #[cfg(test)]
 mod tests;
 
@@ -55,6 +56,8 @@ pub struct Request<'a> {
     pub recorded: &'a [Handler],
     /// Leave handlers of ours as somebody edited them since.
     pub keep_drift: bool,
+    /// The main file is rendered from a template at each start, as k3s and RKE2 do.
+    pub rendered: bool,
 }
 
 /// A file that is to be written or removed.
@@ -122,6 +125,9 @@ pub fn plan<F: Files>(
     main: &HostPath,
     request: &Request<'_>,
 ) -> Result<Placed, PlaceError> {
+    if request.rendered {
+        return rendered::plan(files, effective, main, request);
+    }
     let planner = Planner::new(files, effective, main, request)?;
     planner.refuse_foreign()?;
     let drop_in = planner.choose()?;
@@ -256,18 +262,6 @@ impl<'a> Planner<'a> {
         }
         let merges = self.effective.version.major >= 2;
         let in_main: Vec<&str> = self.foreign_in_main();
-        let drop_in = || {
-            let loaded = |drop_in: &&DropIn| self.effective.file(&drop_in.path).is_some();
-            let there = self.drop_ins.iter().find(loaded);
-            let there = there.or_else(|| {
-                let mut drop_ins = self.drop_ins.iter();
-                drop_ins.find(|drop_in| drop_in.path == self.default_path)
-            });
-            there.cloned().unwrap_or_else(|| DropIn {
-                path: self.default_path.clone(),
-                before: None,
-            })
-        };
         match self.request.placement {
             Placement::Main => Ok(None),
             Placement::DropIn if !merges => Err(PlaceError::Unsafe {
@@ -278,7 +272,7 @@ impl<'a> Planner<'a> {
                     name: (*name).to_owned(),
                     path: self.main.clone(),
                 }),
-                None => Ok(Some(drop_in())),
+                None => Ok(self.drop_in_to_use()),
             },
             Placement::Auto => {
                 let main_has_ours = self.document().is_some_and(has_ours);
@@ -286,9 +280,23 @@ impl<'a> Planner<'a> {
                     .document()
                     .is_some_and(|main| main.version() >= Some(2));
                 let beside = merges && usable && !main_has_ours && in_main.is_empty();
-                Ok(beside.then(drop_in))
+                Ok(self.drop_in_to_use().filter(|_| beside))
             }
         }
+    }
+
+    /// Our drop-in that is imported, else the one that is there, else a new one.
+    fn drop_in_to_use(&self) -> Option<DropIn> {
+        let loaded = |drop_in: &&DropIn| self.effective.file(&drop_in.path).is_some();
+        let there = self.drop_ins.iter().find(loaded);
+        let there = there.or_else(|| {
+            let mut drop_ins = self.drop_ins.iter();
+            drop_ins.find(|drop_in| drop_in.path == self.default_path)
+        });
+        Some(there.cloned().unwrap_or_else(|| DropIn {
+            path: self.default_path.clone(),
+            before: None,
+        }))
     }
 
     /// Wanted handlers that somebody else has in the main file.
@@ -560,6 +568,7 @@ pub fn possible_drop_ins(effective: &Effective, main: &HostPath) -> Vec<HostPath
     if !paths.contains(&beside) {
         paths.push(beside);
     }
+    paths.extend(rendered::templates(main));
     paths
 }
 
