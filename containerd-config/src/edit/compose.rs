@@ -101,7 +101,7 @@ pub(super) fn runtimes_header(version: u32) -> String {
     format!("plugins.{:?}.containerd.runtimes", plugin(version))
 }
 
-fn plugin(version: u32) -> &'static str {
+pub(super) fn plugin(version: u32) -> &'static str {
     if version <= 2 { PLUGIN_V2 } else { PLUGIN_V3 }
 }
 
@@ -237,7 +237,7 @@ fn table(ours: &OurTable, plugin: &str) -> Vec<String> {
     lines
 }
 
-fn assignment(name: &str, setting: &Value) -> String {
+pub(super) fn assignment(name: &str, setting: &Value) -> String {
     format!("{} = {}", key(name), value(setting))
 }
 
@@ -270,7 +270,7 @@ fn key(name: &str) -> String {
 }
 
 /// A basic string.
-fn quoted(text: &str) -> String {
+pub(super) fn quoted(text: &str) -> String {
     use std::fmt::Write as _;
     let mut quoted = String::with_capacity(text.len() + 2);
     quoted.push('"');

@@ -236,6 +236,15 @@ impl Document {
         self.plugins().any(|name| name == plugin)
     }
 
+    /// Whether a plugin's table has a setting, ours apart.
+    pub(crate) fn sets(&self, plugin: &str, key: &str) -> bool {
+        let table = self
+            .tree
+            .get("plugins")
+            .and_then(|plugins| plugins.get(plugin));
+        self.marks.settings.is_none() && table.is_some_and(|table| table.get(key).is_some())
+    }
+
     /// The plugins that have a table.
     pub(crate) fn plugins(&self) -> impl Iterator<Item = &str> {
         let plugins = self.tree.get("plugins").and_then(Json::as_object);

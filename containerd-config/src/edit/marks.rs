@@ -27,6 +27,10 @@ pub(super) const BEGIN_VERSION: &str =
     "# >>> kata-manager: version, added because the file had no settings";
 /// First line of the block with the import of our drop-in.
 pub(super) const BEGIN_IMPORTS: &str = "# >>> kata-manager: imports, added by \"kata-manager apply\"; \"kata-manager uninstall\" removes them";
+/// First line of the block with settings of the CRI plugin.
+pub(super) const BEGIN_SETTINGS: &str = "# >>> kata-manager: settings of the CRI plugin that nobody set; \"kata-manager uninstall\" removes them";
+/// What the second word of that block's first line is.
+const SETTINGS_WORD: &str = "settings";
 /// What the second word of the version block's first line is.
 const VERSION_WORD: &str = "version";
 /// What the second word of the import block's first line is.
@@ -92,6 +96,8 @@ pub(super) struct Marks {
     pub(super) version: Option<VersionBlock>,
     /// The block with the import of our drop-in; `super::imports` knows it, nothing else touches it.
     pub(super) imports: Option<Block>,
+    /// The block with settings of the CRI plugin; `super::cri` knows it, nothing else touches it.
+    pub(super) settings: Option<Block>,
     /// Where each line begins that starts with [`KEPT`].
     pub(super) kept: Vec<usize>,
     /// Last lines without a first one.
@@ -141,6 +147,7 @@ enum Open {
     Handlers,
     Version,
     Imports,
+    Settings,
 }
 
 /// Finds our lines. Lines inside `multiline` values are text of somebody's value, whatever they look like.
@@ -181,11 +188,24 @@ impl Marks {
         match open {
             Open::Handlers => self.blocks.last_mut(),
             Open::Imports => self.imports.as_mut(),
+            Open::Settings => self.settings.as_mut(),
             Open::Nothing | Open::Version => None,
         }
     }
 
     fn open(&mut self, kind: &str, begin: Range<usize>, length: usize) -> Open {
+        if kind.starts_with(SETTINGS_WORD) {
+            let first = self.settings.is_none();
+            if first {
+                self.settings = Some(Block {
+                    begin,
+                    state_line: None,
+                    state: None,
+                    end: length..length,
+                });
+            }
+            return if first { Open::Settings } else { Open::Nothing };
+        }
         if kind.starts_with(IMPORTS_WORD) {
             // A second one is a copy that somebody made: its lines are comments and settings of theirs.
             if self.imports.is_none() {
@@ -223,8 +243,8 @@ impl Marks {
         match (open, self.blocks.last_mut(), &mut self.version) {
             (Open::Handlers, Some(block), _) => block.end = end,
             (Open::Version, _, Some(version)) => version.end = end,
-            (Open::Imports, ..) => {
-                if let Some(block) = &mut self.imports {
+            (Open::Imports | Open::Settings, ..) => {
+                if let Some(block) = self.open_block(open) {
                     block.end = end;
                 }
             }

@@ -8,6 +8,7 @@
 //! This module reads and writes no files, and does not know which file of an `imports` tree it is given.
 
 mod compose;
+mod cri;
 mod document;
 mod error;
 mod imports;
@@ -21,6 +22,7 @@ mod verify;
 
 use std::collections::{BTreeMap, BTreeSet};
 
+pub use cri::{add_cri_settings, remove_cri_settings};
 pub use document::Document;
 pub(crate) use document::{PLUGIN_V2, PLUGIN_V3};
 pub use error::{EditError, ParseError};

@@ -56,6 +56,8 @@ pub struct Request<'a> {
     pub recorded: &'a [Handler],
     /// Leave handlers of ours as somebody edited them since.
     pub keep_drift: bool,
+    /// Settings of the CRI plugin (`enable_cdi`, `cdi_spec_dirs`) to write where nobody set them.
+    pub cri: Settings,
     /// The main file is rendered from a template at each start, as k3s and RKE2 do.
     pub rendered: bool,
 }
@@ -334,7 +336,7 @@ impl<'a> Planner<'a> {
                 continue;
             }
             let text = text_of(&other.path, other.before.as_deref())?;
-            let edited = edit::remove_all(text, self.request.recorded).map_err(at(&other.path))?;
+            let edited = self.bare(text).map_err(at(&other.path))?;
             if !edited.remove_file && drop_in.is_none() {
                 kept_import = Some(other.path.clone());
             }
@@ -345,7 +347,7 @@ impl<'a> Planner<'a> {
             });
             reports.push(edited);
         }
-        let mut main_text = text.to_owned();
+        let mut main_text = edit::remove_cri_settings(text).map_err(at(self.main))?;
         let mut remove_main = false;
         let stays = drop_in
             .as_ref()
@@ -362,6 +364,7 @@ impl<'a> Planner<'a> {
         let (edited, target) = match &drop_in {
             None => {
                 let edited = self.edit_main(&main_text, before.is_none() || remove_main);
+                let edited = self.with_cri(edited.map_err(at(self.main))?, self.main);
                 let edited = edited.map_err(at(self.main))?;
                 main_text.clone_from(&edited.text);
                 remove_main = if self.request.wanted.is_empty() {
@@ -457,11 +460,12 @@ impl<'a> Planner<'a> {
                 },
             });
         }
-        let mut before = text_of(&drop_in.path, drop_in.before.as_deref())?.to_owned();
+        let before = text_of(&drop_in.path, drop_in.before.as_deref())?;
+        let mut before = edit::remove_cri_settings(before).map_err(at)?;
         let mut absent = drop_in.before.is_none();
         let found = Document::parse(&before).map_err(|error| at(error.into()))?;
         if found.version().is_some_and(|found| found != version) {
-            let bare = edit::remove_all(&before, self.request.recorded).map_err(at)?;
+            let bare = self.bare(&before).map_err(at)?;
             if !bare.remove_file {
                 return Err(PlaceError::OtherVersion {
                     path: drop_in.path.clone(),
@@ -481,7 +485,28 @@ impl<'a> Planner<'a> {
             keep_drift: self.request.keep_drift,
             drop_in: true,
         };
-        edit::set_handlers(&before, self.request.wanted, &options).map_err(at)
+        let edited = edit::set_handlers(&before, self.request.wanted, &options).map_err(at)?;
+        self.with_cri(edited, &drop_in.path).map_err(at)
+    }
+
+    /// A text without anything of ours.
+    fn bare(&self, text: &str) -> Result<Edited, EditError> {
+        edit::remove_all(&edit::remove_cri_settings(text)?, self.request.recorded)
+    }
+
+    /// The edited text with the settings of the CRI plugin that no other file has.
+    fn with_cri(&self, mut edited: Edited, path: &HostPath) -> Result<Edited, EditError> {
+        let plugin = self.effective.plugin();
+        let mut missing = self.request.cri.clone();
+        let others = self.effective.files.iter();
+        for file in others.filter(|file| file.path != *path && !self.is_ours(&file.path)) {
+            missing.retain(|key, _| !file.document.sets(plugin, key));
+        }
+        if !self.request.wanted.is_empty() && !missing.is_empty() {
+            let version = self.effective.version.config_version();
+            edited.text = edit::add_cri_settings(&edited.text, &missing, version)?;
+        }
+        Ok(edited)
     }
 
     /// Entries of the main file's `imports` that are for a drop-in of ours.

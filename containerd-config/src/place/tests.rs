@@ -406,3 +406,64 @@ fn a_rendered_main_file_is_never_written() {
     let error = ask(&files, V21, &runc, Placement::Main).unwrap_err();
     assert!(matches!(error, PlaceError::InTemplate { .. }), "{error}");
 }
+
+#[test]
+fn settings_of_the_cri_plugin_come_and_go_with_the_handlers() {
+    let wanted = [handler("km-a")];
+    let cri: Settings = [("enable_cdi".to_owned(), true.into())]
+        .into_iter()
+        .collect();
+    let header = "[plugins.\"io.containerd.grpc.v1.cri\"]\n";
+    for (version, main, placement) in [
+        (
+            V17,
+            format!("version = 2\n{header}sandbox_image = 'x'\n"),
+            Placement::Main,
+        ),
+        (V17, "version = 2\n".to_owned(), Placement::Main),
+        (V21, format!("version = 2\n{header}"), Placement::DropIn),
+        (V21, V3.to_owned(), Placement::Main),
+    ] {
+        let files = Memory::new(&[(MAIN, &main)]);
+        let request = Request {
+            wanted: &wanted,
+            placement,
+            cri: cri.clone(),
+            ..Request::default()
+        };
+        let placed = planned(&files, version, &request).unwrap();
+        let after = carried_out(&files, &placed);
+        assert!(
+            after.0[placed.target.as_str()].contains("enable_cdi = true"),
+            "{main}"
+        );
+        assert!(
+            !planned(&after, version, &request).unwrap().differs(),
+            "{main}"
+        );
+        let without = Request {
+            cri: Settings::new(),
+            ..request.clone()
+        };
+        let without = carried_out(&after, &planned(&after, version, &without).unwrap());
+        assert!(!without.0[placed.target.as_str()].contains("enable_cdi"));
+        let removed = planned(&after, version, &Request::default()).unwrap();
+        assert_eq!(carried_out(&after, &removed).0, files.0, "{main}");
+    }
+    let own = format!("version = 2\n{header}enable_cdi = false\n");
+    for version in [V17, V21] {
+        let files = Memory::new(&[(MAIN, &own)]);
+        let request = Request {
+            wanted: &wanted,
+            cri: cri.clone(),
+            ..Request::default()
+        };
+        let after = carried_out(&files, &planned(&files, version, &request).unwrap());
+        assert!(
+            !after
+                .0
+                .values()
+                .any(|text| text.contains("enable_cdi = true"))
+        );
+    }
+}
