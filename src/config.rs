@@ -65,6 +65,35 @@ pub(crate) struct RuntimeClass {
     /// When a tag's new digest is taken.
     #[serde(default)]
     pub(crate) update: Update,
+    /// Settings of the handler in containerd that differ from the class's own.
+    #[serde(default)]
+    pub(crate) handler_settings: HandlerSettings,
+}
+
+/// Settings of a handler in containerd, by containerd's own names. What is left out is as the class has it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(crate) struct HandlerSettings {
+    /// `runtime_path`: the shim's binary. containerd 1.6 is told it as `runtime_type`.
+    #[serde(default)]
+    #[schemars(with = "Option<String>")]
+    pub(crate) runtime_path: Option<HostPath>,
+    /// `options.ConfigPath`: the file that the shim reads.
+    #[serde(default)]
+    #[schemars(with = "Option<String>")]
+    pub(crate) config_path: Option<HostPath>,
+    /// `pod_annotations`: patterns of pod annotations that reach the sandbox, besides the class's own.
+    #[serde(default)]
+    pub(crate) pod_annotations: Vec<String>,
+    /// `container_annotations`: patterns of container annotations that reach the container, besides the class's own.
+    #[serde(default)]
+    pub(crate) container_annotations: Vec<String>,
+    /// `privileged_without_host_devices`.
+    #[serde(default)]
+    pub(crate) privileged_without_host_devices: Option<bool>,
+    /// `snapshotter` of this handler's containers (containerd 1.7 and later).
+    #[serde(default)]
+    pub(crate) snapshotter: Option<String>,
 }
 
 impl RuntimeClass {
@@ -169,6 +198,17 @@ pub(crate) struct Containerd {
     #[serde(default)]
     #[schemars(with = "Option<String>")]
     pub(crate) binary: Option<HostPath>,
+    /// Which distribution's containerd it is.
+    #[serde(default)]
+    pub(crate) flavor: Flavor,
+    /// Whether containerd injects CDI devices, where its files do not say so. Left out: yes for containerd 1.7 when a class of
+    /// the catalogue is configured (its default is no), and as it is for others. A value that somebody set stays.
+    #[serde(default)]
+    pub(crate) enable_cdi: Option<bool>,
+    /// Folders of CDI specs, where containerd's files name none.
+    #[serde(default)]
+    #[schemars(with = "Vec<String>")]
+    pub(crate) cdi_spec_dirs: Vec<HostPath>,
     /// Where the handlers are written.
     #[serde(default)]
     pub(crate) placement: Placement,
@@ -178,6 +218,23 @@ pub(crate) struct Containerd {
     /// How it is restarted.
     #[serde(default)]
     pub(crate) restart: Restart,
+}
+
+/// Which distribution's containerd a node runs.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema, clap::ValueEnum,
+)]
+#[serde(rename_all = "camelCase")]
+pub(crate) enum Flavor {
+    /// Found out.
+    #[default]
+    Auto,
+    /// containerd as a package or archive installs it.
+    Stock,
+    /// The one that k3s brings.
+    K3s,
+    /// The one that RKE2 brings.
+    Rke2,
 }
 
 /// Where handlers are written.
@@ -209,6 +266,9 @@ impl Default for Containerd {
             config: default_containerd_config(),
             socket: default_containerd_socket(),
             binary: None,
+            flavor: Flavor::Auto,
+            enable_cdi: None,
+            cdi_spec_dirs: Vec::new(),
             placement: Placement::Auto,
             keep_drift: false,
             restart: Restart::default(),

@@ -7,6 +7,7 @@ mod config;
 mod daemon;
 mod execute;
 mod failure;
+mod flavor;
 mod journal;
 mod node;
 mod observe;

@@ -12,6 +12,7 @@ use km_host::{HostPath, Root};
 use crate::config::{self, Config};
 use crate::daemon::Daemon;
 use crate::failure::{Failure, Kind};
+use crate::flavor;
 use crate::journal::Journal;
 
 /// How long containerd may take to answer one question.
@@ -27,6 +28,7 @@ pub(crate) struct Node {
     pub(crate) config: Config,
     /// The bytes of the configuration file, an input of every plan.
     pub(crate) config_bytes: Vec<u8>,
+    flavor: Result<flavor::Kind, String>,
     pub(crate) store: Store,
     /// How long to wait for the lock.
     pub(crate) lock_wait: Duration,
@@ -38,17 +40,35 @@ impl Node {
         config: &std::path::Path,
         root: &std::path::Path,
         lock_wait: Duration,
+        flavor: Option<config::Flavor>,
     ) -> Result<Node> {
         let root = Root::new(root)?;
-        let (config, config_bytes) = config::load(config)?;
+        let (mut config, config_bytes) = config::load(config)?;
+        if let Some(flavor) = flavor {
+            config.containerd.flavor = flavor;
+        }
+        // What is not supported is refused by the commands that concern containerd, not by those that do not.
+        let flavor = flavor::settle(&root, &mut config.containerd);
         let store = Store::open(&root.resolve(&config.artifacts_dir)?)?;
         Ok(Node {
             root,
             config,
             config_bytes,
+            flavor: flavor.map_err(|refused| refused.to_string()),
             store,
             lock_wait,
         })
+    }
+
+    /// Which distribution's containerd it runs.
+    ///
+    /// # Errors
+    /// One that is not supported, or not clear.
+    pub(crate) fn flavor(&self) -> Result<flavor::Kind> {
+        match &self.flavor {
+            Ok(kind) => Ok(*kind),
+            Err(refused) => Err(Failure::refused(refused.clone()).into()),
+        }
     }
 
     /// Makes what the store lacks, takes its lock and opens the journal, which remembers the folders that were made.

@@ -4,12 +4,12 @@ mod containerd;
 
 use std::fmt::Write as _;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use km_artifacts::digest::Digest;
 use km_containerd_config::place::Placed;
 use serde::{Deserialize, Serialize};
 
-pub(crate) use containerd::{Allowed, ChangedFile, Drifted, indented, users};
+pub(crate) use containerd::{Allowed, ChangedFile, Drifted, changed_files, indented, place, users};
 
 use crate::config::Config;
 use crate::failure::Failure;
@@ -122,8 +122,7 @@ pub(crate) fn make(
     for class in &seen.classes {
         classes.push(plan_class(class, &mut steps));
     }
-    let placed = containerd::edit(config, &seen.containerd, allowed)
-        .context("cannot register the handlers in containerd")?;
+    let placed = containerd::place(config, &seen.containerd, allowed)?;
     containerd::refuse_in_use(&seen.containerd, &placed)?;
     let restart_owed =
         containerd::steps(config, &seen.containerd, &placed, &mut steps, &mut warnings);

@@ -58,6 +58,7 @@ pub(crate) async fn handlers(
 ) -> Result<()> {
     let request = Request {
         recorded: &seen.recorded,
+        rendered: seen.flavor.is_rendered(),
         ..Request::default()
     };
     let main = &node.config.containerd.config;

@@ -1,11 +1,13 @@
 //! What the configuration asks for: handlers in containerd, and the inputs of each class's generation. Pure.
 
 use km_artifacts::digest::Digest;
+use km_containerd_config::handler::Settings;
 use km_containerd_config::{ContainerdVersion, Handler};
+use km_host::HostPath;
 use km_runtimeclasses::{ClassKind, POD_ANNOTATIONS, Provider};
 use serde_json::json;
 
-use crate::config::{Config, RuntimeClass};
+use crate::config::{Config, HandlerSettings, RuntimeClass};
 
 /// The name of the derived Kata configuration in a generation, and so of the file that a handler points at.
 pub(crate) const CONFIGURATION: &str = "configuration.toml";
@@ -62,7 +64,53 @@ fn handler(config: &Config, class: &RuntimeClass) -> Handler {
             handler.privileged_without_host_devices = true;
         }
     }
+    overridden(handler, &class.handler_settings)
+}
+
+/// The handler with what the configuration says otherwise.
+fn overridden(mut handler: Handler, settings: &HandlerSettings) -> Handler {
+    let path = |path: &Option<HostPath>| path.as_ref().map(|path| path.as_str().to_owned());
+    handler.runtime_path = path(&settings.runtime_path).or(handler.runtime_path);
+    handler.config_path = path(&settings.config_path).or(handler.config_path);
+    handler.snapshotter = settings.snapshotter.clone().or(handler.snapshotter);
+    let privileged = settings.privileged_without_host_devices;
+    handler.privileged_without_host_devices =
+        privileged.unwrap_or(handler.privileged_without_host_devices);
+    for (list, more) in [
+        (&mut handler.pod_annotations, &settings.pod_annotations),
+        (
+            &mut handler.container_annotations,
+            &settings.container_annotations,
+        ),
+    ] {
+        for pattern in more {
+            if !list.contains(pattern) {
+                list.push(pattern.clone());
+            }
+        }
+    }
     handler
+}
+
+/// Settings of the CRI plugin that are to be written where nobody set them. 1.6 has none of these, 2.x injects CDI devices
+/// unless told otherwise.
+pub(crate) fn cri_settings(config: &Config, version: ContainerdVersion) -> Settings {
+    let mut settings = Settings::new();
+    if version < ContainerdVersion::new(1, 7, 0) {
+        return settings;
+    }
+    let catalogue = config.runtime_classes.iter();
+    let needs = version.major < 2 && catalogue.filter_map(class_kind).next().is_some();
+    let enable = config.containerd.enable_cdi.or(needs.then_some(true));
+    if let Some(enable) = enable {
+        settings.insert("enable_cdi".to_owned(), enable.into());
+    }
+    let folders = config.containerd.cdi_spec_dirs.iter();
+    let folders: Vec<&str> = folders.map(HostPath::as_str).collect();
+    if !folders.is_empty() {
+        settings.insert("cdi_spec_dirs".to_owned(), folders.into());
+    }
+    settings
 }
 
 /// The digest of everything but the artifact that a class's derived files are made from.

@@ -6,6 +6,7 @@
 //! - [`place`] chooses the file, plans the edit of every file that it takes, and proves it on the merged reading.
 //! - [`transaction`] carries an edit out: check with containerd's own reading of it, back up, write, restart, wait until the
 //!   handlers are live, or put everything back.
+//! - [`peers`] tells who else registers handlers.
 //! - [`handler`], [`live`] and [`shim`] say what a handler is, what containerd reports about one, and whether the program
 //!   that it names can be run.
 //!
@@ -25,6 +26,7 @@ pub mod edit;
 pub mod effective;
 pub mod handler;
 pub mod live;
+pub mod peers;
 pub mod place;
 pub mod shim;
 pub mod transaction;

@@ -3,6 +3,7 @@
 mod apply;
 mod artifacts;
 mod config;
+mod containerd;
 mod plan;
 mod runtimeclasses;
 mod status;
@@ -69,6 +70,9 @@ struct Global {
         default_value_t
     )]
     output: Format,
+    /// Which distribution's containerd this node runs, in place of containerd.flavor.
+    #[arg(long, global = true, env = "KATA_MANAGER_FLAVOR", value_enum)]
+    flavor: Option<crate::config::Flavor>,
     /// How long to wait for another kata-manager to finish, in seconds.
     #[arg(
         long,
@@ -86,6 +90,7 @@ impl Global {
             &self.config,
             &self.host_root,
             Duration::from_secs(self.lock_timeout),
+            self.flavor,
         )
     }
 }
@@ -103,6 +108,9 @@ enum Command {
     /// Push, pull and list guest artifacts.
     #[command(subcommand)]
     Artifacts(artifacts::Command),
+    /// Look at containerd's configuration: show, diff, restore.
+    #[command(subcommand)]
+    Containerd(containerd::Command),
     /// Print Kubernetes RuntimeClass objects.
     #[command(subcommand)]
     Runtimeclasses(runtimeclasses::Command),
@@ -158,6 +166,7 @@ async fn dispatch(cli: Cli) -> Result<u8> {
         Command::Status => status::run(global).await?,
         Command::Uninstall(arguments) => uninstall::run(global, &arguments).await?,
         Command::Artifacts(command) => artifacts::run(global, &command).await?,
+        Command::Containerd(command) => containerd::run(global, &command).await?,
         Command::Runtimeclasses(command) => runtimeclasses::run(global, &command)?,
         Command::Config(command) => config::run(global, &command)?,
         Command::Completions { shell } => {

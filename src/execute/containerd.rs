@@ -14,6 +14,9 @@ use crate::observe::SeenContainerd;
 use crate::output;
 use crate::plan::Prepared;
 
+/// Settings of the CRI plugin that an edit of ours may write or take out ([`crate::wanted::cri_settings`]).
+const CRI_SETTINGS: [&str; 2] = ["enable_cdi", "cdi_spec_dirs"];
+
 /// Settles what a process that was killed left owing. The lock is held.
 pub(crate) async fn settle(node: &Node, journal: &mut Journal) -> Result<()> {
     let (path, told) = node.containerd_config()?;
@@ -91,7 +94,9 @@ pub(crate) fn change(
         now: placed.understood.0.clone(),
         then: placed.understood.1.clone(),
     });
-    change.told_path = (seen.told != seen.path).then(|| seen.told.clone());
+    change.path = node.root.resolve(&placed.main.path)?;
+    change.told_path = (seen.told != change.path).then(|| seen.told.clone());
+    change.settings = CRI_SETTINGS.map(str::to_owned).to_vec();
     change
         .made_folders
         .clone_from(&journal.record().config_folders);

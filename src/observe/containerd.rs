@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use km_containerd_config::effective::{Effective, Snapshot};
+use km_containerd_config::handler::Settings;
 use km_containerd_config::live::LiveHandlers;
 use km_containerd_config::place;
 use km_containerd_config::shim::{self, ShimSearch};
@@ -11,6 +12,7 @@ use km_containerd_config::{ContainerdVersion, Handler};
 use km_cri::Sandbox;
 
 use crate::failure::{Failure, Kind};
+use crate::flavor;
 use crate::journal::Journal;
 use crate::node::Node;
 use crate::wanted;
@@ -26,7 +28,10 @@ pub(crate) struct SeenContainerd {
     pub(crate) files: Snapshot,
     /// The main file and what it imports.
     pub(crate) effective: Effective,
+    pub(crate) flavor: flavor::Kind,
     pub(crate) version: ContainerdVersion,
+    /// Settings of the CRI plugin to write where nobody set them.
+    pub(crate) cri: Settings,
     pub(crate) live: LiveHandlers,
     pub(crate) sandboxes: Vec<Sandbox>,
     /// The handlers as this containerd wants them written.
@@ -37,6 +42,7 @@ pub(crate) struct SeenContainerd {
 
 /// Looks at containerd, which must answer.
 pub(crate) async fn containerd(node: &Node, journal: &Journal) -> Result<SeenContainerd> {
+    node.flavor()?;
     let daemon = node.daemon()?;
     let (path, told) = node.containerd_config()?;
     let not_running = || {
@@ -70,7 +76,9 @@ pub(crate) async fn containerd(node: &Node, journal: &Journal) -> Result<SeenCon
         path,
         files,
         effective,
+        flavor: node.flavor()?,
         version,
+        cri: wanted::cri_settings(&node.config, version),
         live: LiveHandlers::from_cri_config(&status.config),
         sandboxes,
         wanted: wanted::handlers(&node.config, version),

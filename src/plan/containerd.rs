@@ -1,7 +1,9 @@
 //! The part of a plan that changes containerd: which files, how, and whether it must be restarted.
 
+use anyhow::{Context as _, Result};
 use km_artifacts::digest::Digest;
-use km_containerd_config::edit::Drift;
+use km_containerd_config::edit::{Drift, Owner};
+use km_containerd_config::peers;
 use km_containerd_config::place::{self, FileEdit, Placed, Request};
 use serde::{Deserialize, Serialize};
 use similar::TextDiff;
@@ -67,11 +69,7 @@ pub(crate) struct Allowed {
 }
 
 /// Plans the edit of containerd's files.
-pub(super) fn edit(
-    config: &Config,
-    seen: &SeenContainerd,
-    allowed: Allowed,
-) -> Result<Placed, place::PlaceError> {
+pub(crate) fn place(config: &Config, seen: &SeenContainerd, allowed: Allowed) -> Result<Placed> {
     let names = seen.wanted.iter().map(|handler| handler.name.clone());
     let adopt: Vec<String> = names.filter(|_| allowed.adopt).collect();
     let request = Request {
@@ -80,13 +78,36 @@ pub(super) fn edit(
         adopt: &adopt,
         recorded: &seen.recorded,
         keep_drift: allowed.keep_drift || config.containerd.keep_drift,
+        cri: seen.cri.clone(),
+        rendered: seen.flavor.is_rendered(),
     };
-    place::plan(
+    let placed = place::plan(
         &seen.files,
         &seen.effective,
         &config.containerd.config,
         &request,
-    )
+    );
+    placed.with_context(|| {
+        let others = others(seen);
+        if others.is_empty() {
+            return "cannot register the handlers in containerd".to_owned();
+        }
+        format!(
+            "cannot register the handlers in containerd: {}",
+            others.join("; ")
+        )
+    })
+}
+
+/// Who has handlers of the wanted names.
+fn others(seen: &SeenContainerd) -> Vec<String> {
+    let handlers = seen.effective.handlers();
+    let theirs = handlers.iter().filter(|found| {
+        found.owner == Owner::Foreign && seen.wanted.iter().any(|w| w.name == found.name)
+    });
+    theirs
+        .map(|found| format!("{} is registered by {}", found.name, peers::who(found)))
+        .collect()
 }
 
 /// Refuses to take away handlers that sandboxes use.

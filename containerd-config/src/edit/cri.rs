@@ -141,9 +141,8 @@ mod tests {
         for text in [
             "version = 2\n".to_owned(),
             format!("version = 2\r\n  {header} # CRI\r\n    sandbox_image = 'x'\r\n"),
-            format!(
-                "version = 2\n[plugins.\"io.containerd.grpc.v1.cri\".containerd]\nsnapshotter = 'x'\n"
-            ),
+            "version = 2\n[plugins.\"io.containerd.grpc.v1.cri\".containerd]\nsnapshotter = 'x'\n"
+                .to_owned(),
             format!("version = 2\n{header}\n[other]\n"),
         ] {
             let added = add_cri_settings(&text, &wanted(), 2).unwrap();

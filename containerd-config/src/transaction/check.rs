@@ -248,7 +248,12 @@ fn keeps_the_rest(
     }
     // Written out or not, a default handler is in force; only what containerd fills in at start-up differs in a dump.
     ours.extend(change.restated.iter().cloned());
-    let differ = unlike(current, candidate, &ours, &NOT_COMPARED);
+    let mut differ = unlike(current, candidate, &ours, &NOT_COMPARED);
+    differ.retain(|line| {
+        let path = line.split(" (").next().unwrap_or_default();
+        let key = path.rsplit('.').next().unwrap_or_default();
+        !change.settings.iter().any(|setting| setting == key)
+    });
     if differ.is_empty() {
         return Ok(());
     }

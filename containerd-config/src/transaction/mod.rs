@@ -188,6 +188,8 @@ pub struct Change {
     pub given_back: Vec<String>,
     /// Defaults of containerd that the edit writes out or takes out again ([`crate::edit::Edited::restated`]).
     pub restated: Vec<String>,
+    /// Settings of the CRI plugin that the edit writes or takes out: keys whose values may differ afterwards.
+    pub settings: Vec<String>,
     /// Where the old bytes are kept. Never removed by the transaction.
     pub backup: PathBuf,
     /// Whether containerd is restarted.
@@ -227,6 +229,7 @@ impl Change {
             want_gone: edited.gone(),
             given_back: edited.given_back.clone(),
             restated: edited.restated.clone(),
+            settings: Vec::new(),
             backup,
             restart: Restart::IfNeeded,
             accept_other_settings: false,

@@ -36,6 +36,7 @@ fn main() -> Result<ExitCode> {
     let subjects = [
         ("harness", tests::harness::TESTS),
         ("apply", tests::apply::TESTS),
+        ("containerd", tests::containerd::TESTS),
         ("failures", tests::failures::TESTS),
         ("crash", tests::crash::TESTS),
         ("lock", tests::lock::TESTS),

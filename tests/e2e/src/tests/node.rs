@@ -261,6 +261,11 @@ impl Node {
             beside == ["conf.d", "config.toml"],
             "beside containerd's configuration lies {beside:?}"
         );
+        self.is_clean_of_handlers()
+    }
+
+    /// That no drop-in of ours is left.
+    pub(crate) fn is_clean_of_handlers(&self) -> Result<()> {
         let drop_ins = names(&self.containerd.dir().join("etc/conf.d"))?;
         ensure!(
             !drop_ins.iter().any(|name| name.contains("kata-manager")),
