@@ -71,7 +71,7 @@ impl Kind {
     /// Its name for people.
     pub(crate) fn name(self) -> &'static str {
         match self {
-            Kind::Stock => "containerd",
+            Kind::Stock => "stock",
             Kind::K3s => "k3s",
             Kind::Rke2 => "RKE2",
         }
