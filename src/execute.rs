@@ -125,6 +125,7 @@ fn meta(
         reference: artifacts.url.clone().into(),
         source,
         inputs: seen.inputs.clone(),
+        signers: Vec::new(),
     }
 }
 

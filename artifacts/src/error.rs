@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use crate::digest::Digest;
 use crate::registry;
+use crate::trust::Rejected;
 use crate::unpack::Refused;
 
 /// What went wrong.
@@ -68,6 +69,18 @@ pub enum Error {
         manifest: Digest,
         /// What is wrong with it.
         problem: String,
+    },
+    /// Nobody whom the user trusts has signed it.
+    #[error("{}", untrusted(what, sign, keys, rejected))]
+    Untrusted {
+        /// The reference, or the generation.
+        what: String,
+        /// What is to be signed: repository and digest.
+        sign: String,
+        /// The ids of the keys that were tried.
+        keys: Vec<Digest>,
+        /// The signatures that were found.
+        rejected: Vec<Rejected>,
     },
     /// A layer, or all layers together, hold what must not reach a host.
     #[error("artifact content from {origin} is refused; nothing of it was activated")]
@@ -173,6 +186,7 @@ impl Error {
             Error::Digest { .. }
             | Error::Size { .. }
             | Error::Manifest { .. }
+            | Error::Untrusted { .. }
             | Error::Hostile { .. }
             | Error::Archive { .. } => true,
             Error::Registry(error) => error.is_verification(),
@@ -220,6 +234,30 @@ impl Error {
             free: free_bytes(dir).unwrap_or(0),
         }
     }
+}
+
+/// The most rejected signatures that a message lists.
+const LISTED: usize = 8;
+
+fn untrusted(what: &str, sign: &str, keys: &[Digest], rejected: &[Rejected]) -> String {
+    if rejected.is_empty() {
+        return format!(
+            "{what} is not signed, and its policy demands a signature; sign it with \"cosign sign --key cosign.key {sign}\""
+        );
+    }
+    let mut text = format!("{what} has no signature that counts; found were:");
+    for one in rejected.iter().take(LISTED) {
+        text.push_str(&format!("\n  {one}"));
+    }
+    if rejected.len() > LISTED {
+        text.push_str(&format!("\n  and {} more", rejected.len() - LISTED));
+    }
+    let keys: Vec<String> = keys.iter().map(ToString::to_string).collect();
+    text.push_str(&format!(
+        "\nTrusted keys: {}. If one of them should have signed it: \"cosign sign --key cosign.key {sign}\"",
+        keys.join(", ")
+    ));
+    text
 }
 
 /// Bytes that this process may still write on the file system of `dir` (statvfs(3), `f_bavail`).

@@ -10,6 +10,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 
 use crate::digest::Digest;
+use crate::trust::Signer;
 
 /// The format of `.generation.json`; a reader refuses a newer one.
 pub(crate) const FORMAT: u32 = 1;
@@ -117,6 +118,8 @@ pub struct GenerationMeta {
     pub source: Digest,
     /// Digest of everything that the derived files were made from.
     pub inputs: Digest,
+    /// The signatures that were verified; none where none was demanded.
+    pub signers: Vec<Signer>,
 }
 
 /// An immutable folder `.store/generations/<class>/<number>`.
@@ -163,6 +166,9 @@ pub struct GenerationManifest {
     pub artifact_type: Option<String>,
     /// See [`GenerationMeta::inputs`].
     pub inputs: Digest,
+    /// See [`GenerationMeta::signers`]. The signatures themselves are in `.store/oci`, so that they can be verified again.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub signers: Vec<Signer>,
     /// The artifact's layers.
     pub layers: Vec<Layer>,
     /// Files that are hard links into `.store/files`.

@@ -9,9 +9,11 @@
 //! 1. [`registry`] resolves a [`mod@reference`] to a manifest and streams blobs, verified by their [`digest`].
 //! 2. [`pull()`] brings what lacks into the [`Store`]: to temporary files, through [`unpack`] for archives, then by rename
 //!    to final names. The result is an [`Artifact`].
-//! 3. [`Store::create_generation`] makes an immutable folder of it, with files derived for this node.
-//! 4. [`Store::activate`] points the class there.
-//! 5. [`Store::check`] compares with what was written down; [`Store::remove_unreferenced`] and its siblings clean up.
+//! 3. [`trust`] finds and verifies signatures, where a policy demands them; [`Store::keep_signatures`] keeps them with the
+//!    artifact, so that [`Store::signers`] can ask again without a network.
+//! 4. [`Store::create_generation`] makes an immutable folder of it, with files derived for this node.
+//! 5. [`Store::activate`] points the class there.
+//! 6. [`Store::check`] compares with what was written down; [`Store::remove_unreferenced`] and its siblings clean up.
 //!
 //! [`publish()`] goes the other way: a folder becomes an artifact in a registry.
 //!
@@ -35,6 +37,7 @@ mod pull;
 pub mod reference;
 pub mod registry;
 mod store;
+pub mod trust;
 pub mod unpack;
 
 pub use error::{Error, Result};

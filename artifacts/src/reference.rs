@@ -64,6 +64,15 @@ impl Reference {
         self.digest.as_ref()
     }
 
+    /// Another tag of the same repository. The tag must be well formed.
+    pub(crate) fn with_tag(&self, tag: &str) -> Reference {
+        Reference {
+            tag: Some(tag.to_owned()),
+            digest: None,
+            ..self.clone()
+        }
+    }
+
     /// The same reference, pinned to a digest. The tag is kept: it tells a person where the digest came from.
     pub fn with_digest(&self, digest: Digest) -> Reference {
         Reference {

@@ -213,7 +213,7 @@ fn words(body: &[u8]) -> String {
 }
 
 /// Text from outside, short and on one line, without characters that a terminal acts on or that hide.
-pub(super) fn clean(text: &str) -> String {
+pub(crate) fn clean(text: &str) -> String {
     let is_hidden = |c: char| {
         c.is_control()
             || matches!(c, '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}')

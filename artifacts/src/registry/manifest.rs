@@ -44,17 +44,17 @@ const VAGUE_TYPES: [&str; 4] = [
 pub(super) const CONTENT_DIGEST: &str = "docker-content-digest";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+pub(super) enum Kind {
     Manifest,
     Index,
 }
 
 /// A document as it came, verified.
-struct Fetched {
-    digest: Digest,
+pub(super) struct Fetched {
+    pub(super) digest: Digest,
     kind: Kind,
-    media_type: String,
-    bytes: Vec<u8>,
+    pub(super) media_type: String,
+    pub(super) bytes: Vec<u8>,
 }
 
 /// What tells a manifest from an index. A document that is both means different things to different readers (OCI image
@@ -132,7 +132,7 @@ impl Session {
     }
 
     /// Fetches what `reference` names and verifies it; errors speak of `asked`.
-    async fn fetch(
+    pub(super) async fn fetch(
         &self,
         target: &Target,
         reference: &Reference,
@@ -155,7 +155,7 @@ impl Session {
         })
     }
 
-    async fn document(
+    pub(super) async fn document(
         &self,
         target: &Target,
         request: &Request<'_>,

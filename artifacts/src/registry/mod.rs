@@ -22,6 +22,7 @@ mod manifest;
 mod options;
 mod platform;
 mod push;
+mod referrers;
 mod retry;
 mod transport;
 
@@ -37,6 +38,7 @@ use crate::digest::Digest;
 use crate::reference::Reference;
 use authorize::{Access, Session};
 
+pub(crate) use answer::clean;
 pub use credentials::{Credentials, CredentialsError};
 pub use error::Error;
 pub use options::ClientOptions;
@@ -67,6 +69,14 @@ pub struct Resolved {
     pub manifest: Manifest,
     /// The index that led to the manifest, with its digest.
     pub index: Option<(Digest, Vec<u8>)>,
+}
+
+/// A manifest or index as it came, verified against its digest and not parsed.
+#[derive(Clone, Debug)]
+pub(crate) struct Document {
+    pub(crate) digest: Digest,
+    pub(crate) media_type: String,
+    pub(crate) bytes: Vec<u8>,
 }
 
 /// Takes the bytes of a blob in order.
@@ -142,6 +152,66 @@ impl Client {
         sink: &mut (dyn BlobSink + Send),
     ) -> Result<()> {
         self.0.fetch_blob(reference, digest, size, sink).await
+    }
+
+    /// What refers to a digest, of one artifact type: first as the registry's API lists it, then as the fallback tag does.
+    /// A registry without the API has only the second. The descriptors are its word, not verified.
+    ///
+    /// # Errors
+    /// The registry's and the network's; that there are none is no error.
+    pub(crate) async fn referrers(
+        &self,
+        reference: &Reference,
+        digest: &Digest,
+        artifact_type: &str,
+    ) -> Result<Vec<oci_spec::image::Descriptor>> {
+        let by_api = self.0.referrers(reference, digest, artifact_type).await?;
+        let mut all = by_api.unwrap_or_default();
+        all.extend(self.0.tagged_referrers(reference, digest).await?);
+        Ok(all)
+    }
+
+    /// A manifest or index of at most `limit` bytes; `None` when it is not there.
+    ///
+    /// # Errors
+    /// The registry's and the network's; content that does not verify.
+    pub(crate) async fn small_manifest(
+        &self,
+        reference: &Reference,
+        limit: u64,
+    ) -> Result<Option<Document>> {
+        match self.0.small(reference, limit).await {
+            Ok(document) => Ok(Some(document)),
+            Err(error) if referrers::is_absent(&error) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// A small blob, in memory; see [`Client::fetch_blob`].
+    ///
+    /// # Errors
+    /// As [`Client::fetch_blob`].
+    pub(crate) async fn small_blob(
+        &self,
+        reference: &Reference,
+        digest: &Digest,
+        size: u64,
+    ) -> Result<Vec<u8>> {
+        struct Memory(Vec<u8>);
+        impl BlobSink for Memory {
+            fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+                self.0.extend_from_slice(bytes);
+                Ok(())
+            }
+            fn restart(&mut self) -> io::Result<()> {
+                self.0.clear();
+                Ok(())
+            }
+        }
+        let mut memory = Memory(Vec::new());
+        self.fetch_blob(reference, digest, size, &mut memory)
+            .await?;
+        Ok(memory.0)
     }
 
     /// Whether the reference's repository has a blob, as one asks before [`Client::push_blob`].

@@ -18,6 +18,8 @@ struct Needed {
     manifests: BTreeSet<Digest>,
     /// Blobs, contents and records.
     paths: BTreeSet<PathBuf>,
+    /// What signatures may be of.
+    signed: BTreeSet<Digest>,
 }
 
 impl Store {
@@ -49,6 +51,7 @@ impl Store {
                 self.add_needed(&generation.manifest, &mut needed)?;
             }
         }
+        self.add_signatures(&mut needed)?;
         // First the list, then what it lists: nothing is listed that is not there.
         if look(&self.oci_dir())?.is_some() {
             self.keep_manifests(&needed.manifests)?;
@@ -112,9 +115,27 @@ impl Store {
         })
     }
 
+    /// What is needed of the signatures: every one of what is needed, whether a policy asks for it now or not.
+    fn add_signatures(&self, needed: &mut Needed) -> Result<()> {
+        let signed = std::mem::take(&mut needed.signed);
+        for evidence in self.signatures_of(&signed)? {
+            let parts = evidence.blobs.keys().chain([&evidence.digest]);
+            needed
+                .paths
+                .extend(parts.map(|digest| self.blob_path(digest)));
+            needed.manifests.insert(evidence.digest);
+        }
+        Ok(())
+    }
+
     fn add_needed(&self, manifest: &GenerationManifest, needed: &mut Needed) -> Result<()> {
         needed.manifests.insert(manifest.manifest.clone());
         needed.paths.insert(self.blob_path(&manifest.manifest));
+        // An index is kept only for the sake of its signature.
+        needed.paths.insert(self.blob_path(&manifest.source));
+        needed
+            .signed
+            .extend([manifest.source.clone(), manifest.manifest.clone()]);
         if let Some(bytes) = self.manifest_bytes(&manifest.manifest)?
             && let Ok(parsed) = parse(&bytes)
             && let Ok(config) = crate::layers::digest(parsed.config())

@@ -130,6 +130,7 @@ impl Store {
                     manifest: artifact.manifest.clone(),
                     artifact_type: artifact.artifact_type.clone(),
                     inputs: meta.inputs,
+                    signers: meta.signers,
                     layers: artifact.layers.clone(),
                     files,
                     links: content.links.clone(),

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! <class>                           relative symlink to the live generation
-//! .store/oci/                       an OCI image layout
+//! .store/oci/                       an OCI image layout; signatures are manifests in it (see `signatures`)
 //! .store/files/sha256/<hex>         contents, mode 0444; a raw layer's blob is the same inode
 //! .store/files/sha256/<hex>.x       the same for executables, mode 0555
 //! .store/unpacked/sha256/<hex>.json what an archive layer unpacked to
@@ -22,6 +22,7 @@ mod complete;
 mod generations;
 mod oci;
 mod place;
+mod signatures;
 mod sink;
 mod temp;
 #[cfg(test)]

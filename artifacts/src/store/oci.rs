@@ -119,6 +119,49 @@ impl Store {
         self.change_index(|index| index.name(manifest))
     }
 
+    /// Makes a signature's manifest findable: by its `subject` when it has one, else by the name that its tag gives it in
+    /// the repository of `reference`.
+    pub(super) fn name_signature(
+        &self,
+        digest: &Digest,
+        media_type: &str,
+        artifact_type: Option<&str>,
+        size: u64,
+        name: Option<&str>,
+    ) -> Result<()> {
+        self.change_index(|index| {
+            if let Some(name) = name {
+                return index.name(&NamedManifest {
+                    reference: name,
+                    digest,
+                    size,
+                    media_type,
+                    artifact_type,
+                });
+            }
+            index.manifests.push(Entry {
+                media_type: media_type.to_owned(),
+                digest: digest.to_string(),
+                size,
+                artifact_type: artifact_type.map(str::to_owned),
+                annotations: Map::new(),
+            });
+            index.tidy();
+        })
+    }
+
+    /// The manifests in `index.json`: digest, size, name. Entries that make no sense are left out.
+    pub(super) fn listed(&self) -> Result<Vec<(Digest, u64, Option<String>)>> {
+        let index = self.read_index()?.unwrap_or_else(Index::empty);
+        let entries = index.manifests.iter();
+        Ok(entries
+            .filter_map(|entry| {
+                let digest = entry.digest.parse().ok()?;
+                Some((digest, entry.size, entry.name().map(str::to_owned)))
+            })
+            .collect())
+    }
+
     /// Forgets every manifest that is not to be kept.
     pub(super) fn keep_manifests(&self, keep: &BTreeSet<Digest>) -> Result<()> {
         let keep: BTreeSet<String> = keep.iter().map(ToString::to_string).collect();

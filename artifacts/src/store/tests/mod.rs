@@ -131,6 +131,7 @@ pub(super) fn meta() -> GenerationMeta {
         reference: "registry.example/guest:1".to_owned(),
         source: Digest::of(b"index"),
         inputs: Digest::of(b"inputs"),
+        signers: Vec::new(),
     }
 }
 
