@@ -11,7 +11,7 @@ mod error;
 mod proof;
 mod rendered;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::collections::BTreeMap;
 

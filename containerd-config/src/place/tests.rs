@@ -31,7 +31,7 @@ fn planned(
     plan(files, &effective, &main_path(), request)
 }
 
-fn carried_out(files: &Memory, placed: &Placed) -> Memory {
+pub(crate) fn carried_out(files: &Memory, placed: &Placed) -> Memory {
     let mut files = Memory(files.0.clone());
     for edit in std::iter::once(&placed.main).chain(&placed.drop_ins) {
         match &edit.after {

@@ -208,7 +208,7 @@ fn reads_as(text: &str, wanted: &[Handler]) -> Result<(), TestCaseError> {
 /// How many cases each property is tried on: `PROPTEST_CASES`, or a number that takes a few seconds.
 fn cases() -> u32 {
     let wanted = std::env::var("PROPTEST_CASES").ok();
-    wanted.and_then(|cases| cases.parse().ok()).unwrap_or(1500)
+    wanted.and_then(|cases| cases.parse().ok()).unwrap_or(2500)
 }
 
 proptest! {
@@ -278,5 +278,61 @@ proptest! {
                 prop_assert_eq!(&remove_all(&undone.text, &[]).unwrap().text, &undone.text);
             }
         }
+    }
+}
+
+/// `imports` in every layout, each of files that are there.
+fn imports() -> impl Strategy<Value = &'static str> {
+    prop_oneof![
+        Just(""),
+        Just("imports = []\n"),
+        Just("imports = [ # none\n]\n"),
+        Just("imports = ['/a.toml']\n"),
+        Just("\"imports\"=[\n  \"/a.toml\", # one, two\n  '''/b.toml''',\n] # end\n"),
+        Just("imports = [ \"d/*.toml\" , '/a.toml' ]\n"),
+        Just("imports = ['conf.d/*.toml']\n"),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(cases()))]
+
+    /// Main file and drop-in: outside our lines every byte stays, the merged reading is what was wanted, and back is the identity.
+    #[test]
+    fn each_placement_is_there_and_back(config in config(), imports in imports(), wanted in wanted("w"), beside in any::<bool>()) {
+        use crate::effective::{Effective, tests::Memory};
+        use crate::place::{Placement, Request, plan};
+
+        let version = format!("version = {}", config.version);
+        let eol = if config.text.contains("\r\n") { "\r\n" } else { "\n" };
+        let with = format!("{version}\n{}", imports.trim_end()).replace('\n', eol);
+        let text = if imports.is_empty() { config.text.clone() } else { config.text.replacen(&version, &with, 1) };
+        let main = km_host::HostPath::new("/etc/containerd/config.toml").unwrap();
+        let files = Memory::new(&[(main.as_str(), &text), ("/a.toml", ""), ("/b.toml", "# b"), ("/etc/containerd/d/x.toml", "")]);
+        let rules = crate::ContainerdVersion::new(2, 1, 9);
+        let placement = if beside { Placement::DropIn } else { Placement::Main };
+        let ask = |files: &Memory, wanted: &[Handler], placement| {
+            let effective = Effective::load(files, &main, rules).unwrap();
+            plan(files, &effective, &main, &Request { wanted, placement, ..Request::default() }).unwrap()
+        };
+        let placed = ask(&files, &wanted, placement);
+        let after = crate::place::tests::carried_out(&files, &placed);
+        prop_assert!(!ask(&after, &wanted, Placement::Auto).differs());
+        let effective = Effective::load(&after, &main, rules).unwrap();
+        let found: Vec<Handler> = effective.handlers().iter()
+            .filter(|found| found.owner == Owner::Ours)
+            .map(|found| Handler::from_settings(&found.name, &found.settings))
+            .collect();
+        let mut sorted = wanted.clone();
+        sorted.sort_by(|a, b| a.name.cmp(&b.name));
+        prop_assert_eq!(found, sorted);
+        if beside {
+            // The main file has lost nothing, and won an import at most.
+            let now = &after.0[main.as_str()];
+            let common = text.bytes().zip(now.bytes()).take_while(|(a, b)| a == b).count();
+            prop_assert!(now.ends_with(&text[common..]), "{}", now);
+        }
+        let removed = ask(&after, &[], Placement::Auto);
+        prop_assert_eq!(&crate::place::tests::carried_out(&after, &removed).0, &files.0);
     }
 }
