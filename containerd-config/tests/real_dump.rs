@@ -125,8 +125,8 @@ async fn there_and_back(daemon: &Dumped, name: &str, version: ContainerdVersion)
     let edited = set_handlers(&text, &wanted, &options).unwrap();
     let step = change(daemon, &edited, &wanted);
     let outcome = run(&step, daemon, &mut NoJournal, &mut |_| {}).await;
-    if name == "nydus" && version.major >= 2 {
-        // 2.1 migrates this setting of a version 2 file only if the file names a handler.
+    if ["nydus", "stargz"].contains(&name) && version.major >= 2 {
+        // 2.1 migrates the snapshotter settings of a version 2 file only if the file names a handler.
         let refused = outcome.unwrap_err().to_string();
         assert!(
             refused.contains("disable_snapshot_annotations (true -> false)"),
@@ -186,4 +186,101 @@ async fn every_configuration_that_this_containerd_reads_is_edited_and_given_back
     daemon.restart().await.unwrap();
     there_and_back(&daemon, "", version).await;
     assert!(done.len() > 8, "{version} read only {done:?}");
+}
+
+/// Trees of imports: our reading of which handlers are in force is containerd's own.
+#[tokio::test]
+#[ignore = "needs KM_TEST_CONTAINERD, the path of a containerd binary"]
+async fn imports_are_read_as_this_containerd_reads_them() {
+    use km_containerd_config::effective::Effective;
+    use km_host::{HostPath, Root};
+
+    let binary = PathBuf::from(std::env::var_os("KM_TEST_CONTAINERD").expect("KM_TEST_CONTAINERD"));
+    let printed = Command::new(&binary).arg("--version").output().unwrap();
+    let version: ContainerdVersion = String::from_utf8_lossy(&printed.stdout).parse().unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let r = dir.path().display().to_string();
+    let table = |plugin: &str, name: &str| {
+        format!("[plugins.\"{plugin}\".containerd.runtimes.{name}]\nruntime_type = \"x.y.v1\"\n")
+    };
+    let old = |name| table("io.containerd.grpc.v1.cri", name);
+    let new = |name| table("io.containerd.cri.v1.runtime", name);
+    let write = |path: &str, text: String| {
+        let path = dir.path().join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    };
+    write("d/2.toml", format!("version = 2\n{}", old("two")));
+    write(
+        "d/1.toml",
+        format!(
+            "version = 2\nimports = ['../e.toml', '1.toml']\n{}",
+            old("one")
+        ),
+    );
+    write(
+        "e.toml",
+        format!("imports = ['{r}/main.toml']\n{}", old("e")),
+    );
+    write("n/3.toml", format!("version = 3\n{}", new("three")));
+    write(
+        "plain.toml",
+        "version = 2\n[debug]\nlevel = 'info'\n".to_owned(),
+    );
+    let mut mains = vec![
+        format!("version = 2\nimports = ['{r}/d/*.toml']\n{}", old("main")),
+        format!(
+            "version = 2\nimports = ['e.toml', '{r}/plain.toml']\n{}",
+            old("main")
+        ),
+        format!(
+            "version = 2\nimports = ['./d/../plain.toml']\n{}",
+            old("main")
+        ),
+        format!("version = 2\nimports = ['d/*.toml']\n{}", old("main")),
+        format!(
+            "version = 2\nimports = ['{r}/d/[12].toml*']\n{}",
+            old("main")
+        ),
+    ];
+    if version.major >= 2 {
+        mains.push(format!(
+            "version = 3\nimports = ['{r}/n/*', '{r}/n/3.toml']\n{}",
+            new("main")
+        ));
+        mains.push(format!(
+            "version = 3\nimports = ['{r}/d/*.toml']\n{}",
+            new("main")
+        ));
+        mains.push(format!(
+            "version = 2\nimports = ['{r}/n/*.toml']\n{}",
+            old("main")
+        ));
+        mains.push(format!(
+            "version = 3\nimports = ['{r}/gone.toml', '{r}/n/3.toml']\n{}",
+            new("main")
+        ));
+    }
+    for main in mains {
+        write("main.toml", main.clone());
+        let path = dir.path().join("main.toml");
+        let daemon = Dumped {
+            binary: binary.clone(),
+            config: path.clone(),
+            live: Mutex::default(),
+        };
+        let dumped = Document::parse(&daemon.dumped(&path).unwrap()).unwrap();
+        let mut theirs: Vec<String> = dumped.handlers().into_iter().map(|h| h.name).collect();
+        theirs.retain(|name| name != "runc");
+        theirs.sort();
+        let root = Root::new("/").unwrap();
+        let effective = Effective::load(&root, &HostPath::new(&path).unwrap(), version).unwrap();
+        let ours: Vec<String> = effective.handlers().into_iter().map(|h| h.name).collect();
+        if effective.missing.is_empty() {
+            assert_eq!(ours, theirs, "{version} with\n{main}");
+        } else {
+            // The reading ends there: what is told as missing is why.
+            assert_eq!(theirs, ["main"], "{version} with\n{main}");
+        }
+    }
 }

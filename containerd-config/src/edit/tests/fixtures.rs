@@ -4,7 +4,12 @@ use super::*;
 
 const FIXTURES: &[(&str, &str)] = &[
     ("aks", include_str!("../../../fixtures/aks.toml")),
+    (
+        "bottlerocket",
+        include_str!("../../../fixtures/bottlerocket.toml"),
+    ),
     ("by-hand", include_str!("../../../fixtures/by-hand.toml")),
+    ("coco", include_str!("../../../fixtures/coco.toml")),
     (
         "comments-only",
         include_str!("../../../fixtures/comments-only.toml"),
@@ -21,10 +26,24 @@ const FIXTURES: &[(&str, &str)] = &[
         "default-2.1",
         include_str!("../../../fixtures/default-2.1.toml"),
     ),
+    (
+        "docker-package",
+        include_str!("../../../fixtures/docker-package.toml"),
+    ),
+    ("doks", include_str!("../../../fixtures/doks.toml")),
     ("eks", include_str!("../../../fixtures/eks.toml")),
     ("empty", include_str!("../../../fixtures/empty.toml")),
+    ("flatcar", include_str!("../../../fixtures/flatcar.toml")),
+    ("gaudi", include_str!("../../../fixtures/gaudi.toml")),
     ("gke", include_str!("../../../fixtures/gke.toml")),
+    (
+        "gpu-operator",
+        include_str!("../../../fixtures/gpu-operator.toml"),
+    ),
+    ("gvisor", include_str!("../../../fixtures/gvisor.toml")),
+    ("k3d", include_str!("../../../fixtures/k3d.toml")),
     ("k3s", include_str!("../../../fixtures/k3s.toml")),
+    ("k3s-v3", include_str!("../../../fixtures/k3s-v3.toml")),
     (
         "kata-deploy-1.x",
         include_str!("../../../fixtures/kata-deploy-1.x.toml"),
@@ -34,19 +53,39 @@ const FIXTURES: &[(&str, &str)] = &[
         include_str!("../../../fixtures/kata-deploy-2.x.toml"),
     ),
     ("kind", include_str!("../../../fixtures/kind.toml")),
+    ("kops", include_str!("../../../fixtures/kops.toml")),
     ("kubeadm", include_str!("../../../fixtures/kubeadm.toml")),
+    (
+        "kubespray",
+        include_str!("../../../fixtures/kubespray.toml"),
+    ),
+    ("lima", include_str!("../../../fixtures/lima.toml")),
+    ("minikube", include_str!("../../../fixtures/minikube.toml")),
     (
         "no-final-newline",
         include_str!("../../../fixtures/no-final-newline.toml"),
+    ),
+    (
+        "nvidia-drop-in",
+        include_str!("../../../fixtures/nvidia-drop-in.toml"),
+    ),
+    (
+        "nvidia-kata-manager",
+        include_str!("../../../fixtures/nvidia-kata-manager.toml"),
     ),
     (
         "nvidia-toolkit",
         include_str!("../../../fixtures/nvidia-toolkit.toml"),
     ),
     ("nydus", include_str!("../../../fixtures/nydus.toml")),
+    ("oke", include_str!("../../../fixtures/oke.toml")),
     ("rke2", include_str!("../../../fixtures/rke2.toml")),
+    ("rootless", include_str!("../../../fixtures/rootless.toml")),
+    ("stargz", include_str!("../../../fixtures/stargz.toml")),
     ("talos", include_str!("../../../fixtures/talos.toml")),
+    ("wasm", include_str!("../../../fixtures/wasm.toml")),
     ("windows", include_str!("../../../fixtures/windows.toml")),
+    ("youki", include_str!("../../../fixtures/youki.toml")),
 ];
 
 fn fixture(name: &str) -> &'static str {
@@ -147,7 +186,7 @@ fn the_same_holds_where_the_default_handler_must_be_written_out() {
         assert_eq!(again.text, edited.text, "{name}");
         assert_eq!(remove_all(&edited.text, &[]).unwrap().text, *text, "{name}");
     }
-    assert_eq!(restated, 5);
+    assert_eq!(restated, 10);
 }
 
 #[test]
