@@ -5,11 +5,12 @@ mod containerd;
 use anyhow::{Context as _, Result};
 use km_artifacts::registry::Client;
 use km_artifacts::{Artifact, DerivedFile, GenerationMeta, Limits};
-use km_host::{HostPath, process};
+use km_host::HostPath;
 use km_runtimeclasses::GuestFile;
 
 pub(crate) use containerd::{change, report, settle};
 
+use crate::collect;
 use crate::config::Artifacts;
 use crate::failure::{Failure, Kind};
 use crate::journal::Journal;
@@ -47,7 +48,24 @@ pub(crate) async fn execute(
     for class in &seen.surplus {
         node.store.remove_class(class)?;
     }
-    prune(node, seen)
+    let moved = prepared.classes.iter().any(|work| *work != ClassWork::Keep);
+    forget(journal, seen)?;
+    if moved || !seen.surplus.is_empty() {
+        prune(node, journal)?;
+    }
+    Ok(())
+}
+
+/// Drops what held classes that are gone, or at generations that are.
+fn forget(journal: &mut Journal, seen: &Observation) -> Result<()> {
+    journal.update(|record| {
+        record.held.retain(|name, number| {
+            seen.classes.iter().any(|class| {
+                let mut there = class.others.iter().chain(&class.live);
+                class.class.name == *name && there.any(|one| one.number() == *number)
+            })
+        });
+    })
 }
 
 async fn switch_and_register<'a>(
@@ -210,30 +228,8 @@ fn read_own(node: &Node, artifact: &Artifact, path: &str) -> Result<String> {
     Ok(std::fs::read_to_string(&at).map_err(km_host::Error::io("read", &at))?)
 }
 
-/// Keeps of each class that changed the live generation, the one before it, and any that somebody has open.
-fn prune(node: &Node, seen: &Observation) -> Result<()> {
-    let mut changed = !seen.surplus.is_empty();
-    for class in &seen.classes {
-        let name = &class.class.name;
-        let live = node.store.live_number(name)?;
-        let previous = class
-            .live
-            .as_ref()
-            .map(km_artifacts::Generation::number)
-            .filter(|number| Some(*number) != live);
-        for old in &class.others {
-            let number = old.number();
-            if Some(number) == live || Some(number) == previous || previous.is_none() {
-                continue;
-            }
-            if process::holders(&node.root, &old.dir)?.is_empty() {
-                node.store.remove_generation(name, number)?;
-                changed = true;
-            }
-        }
-    }
-    if changed {
-        node.store.remove_unreferenced()?;
-    }
-    Ok(())
+/// After a change, removes what nothing needs any more.
+fn prune(node: &Node, journal: &Journal) -> Result<()> {
+    let found = collect::find(node, journal.record())?;
+    collect::remove(node, &found)
 }

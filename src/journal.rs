@@ -1,8 +1,9 @@
 //! What observation cannot see, kept in `.store/state/journal.json`.
 //!
-//! A restart or a restoration owed, the handlers as we last wrote them, and the folders that we created. Everything else
-//! is found by looking at the node again.
+//! A restart or a restoration owed, the handlers as we last wrote them, the folders that we created, and the classes that
+//! `rollback` holds. Everything else is found by looking at the node again.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
@@ -32,6 +33,8 @@ pub(crate) struct Record {
     pub(crate) config_folders: Vec<PathBuf>,
     /// Folders that we made for the store, outermost first.
     pub(crate) store_folders: Vec<PathBuf>,
+    /// Classes that `rollback` holds at a generation: `apply` does not move them.
+    pub(crate) held: BTreeMap<String, u64>,
 }
 
 impl Journal {

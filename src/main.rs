@@ -3,6 +3,7 @@
 //! This package wires the crates together and owns no mechanism; see ARCHITECTURE.md.
 
 mod cli;
+mod collect;
 mod config;
 mod daemon;
 mod execute;

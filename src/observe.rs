@@ -41,6 +41,8 @@ pub(crate) struct SeenClass {
     pub(crate) class: RuntimeClass,
     /// The live generation, if it can be read.
     pub(crate) live: Option<Generation>,
+    /// The generation that `rollback` holds it at.
+    pub(crate) held: Option<u64>,
     /// What is wrong with the live generation's files.
     pub(crate) damages: Vec<Damage>,
     /// Generations that are there and not live, newest last.
@@ -62,6 +64,8 @@ pub(crate) enum SeenArtifact {
     None,
     /// What is live is what is wanted: nothing to fetch.
     Live,
+    /// `rollback` holds the class at this generation, which is there and not live.
+    Held(u64),
     /// This is wanted, and `stored` says whether all of it is in the store.
     Wanted {
         reference: Reference,
@@ -86,7 +90,8 @@ pub(crate) async fn observe(
     };
     let mut classes = Vec::new();
     for class in &node.config.runtime_classes {
-        classes.push(self::class(node, &mut digests, class, &mut warnings).await?);
+        let held = journal.record().held.get(&class.name).copied();
+        classes.push(self::class(node, &mut digests, class, held, &mut warnings).await?);
     }
     let surplus = node
         .store
@@ -129,6 +134,7 @@ async fn class(
     node: &Node,
     digests: &mut Digests<'_>,
     class: &RuntimeClass,
+    held: Option<u64>,
     warnings: &mut Vec<String>,
 ) -> Result<SeenClass> {
     let store = &node.store;
@@ -161,6 +167,7 @@ async fn class(
         class: class.clone(),
         next: store.next_number(&class.name)?,
         live,
+        held,
         damages,
         others,
         displaces,
@@ -174,9 +181,48 @@ async fn class(
                 class.name, artifacts.pull_secret
             ));
         }
-        seen.artifact = artifact(node, digests, &seen, artifacts, warnings).await?;
+        seen.artifact = match self::held(&seen, warnings)? {
+            Some(held) => held,
+            None => artifact(node, digests, &seen, artifacts, warnings).await?,
+        };
     }
     Ok(seen)
+}
+
+/// What a class that `rollback` holds is to have; nothing for one that it does not hold.
+fn held(seen: &SeenClass, warnings: &mut Vec<String>) -> Result<Option<SeenArtifact>> {
+    let name = &seen.class.name;
+    let Some(number) = seen.held else {
+        return Ok(None);
+    };
+    let release = format!("\"kata-manager rollback {name} --release\"");
+    let live = seen.live.as_ref().map(Generation::number);
+    if live == Some(number) && !seen.damages.is_empty() {
+        let damages: Vec<_> = seen.damages.iter().map(ToString::to_string).collect();
+        return Err(Failure::new(
+            Kind::Verification,
+            format!(
+                "{name} is held at generation {number}, which is damaged:\n  {}\nlet it go with {release}, then apply makes it again",
+                damages.join("\n  ")
+            ),
+        )
+        .into());
+    }
+    let there = seen.others.iter().any(|other| other.number() == number);
+    if live != Some(number) && !there {
+        warnings.push(format!(
+            "{name} was held at generation {number}, which is gone: it is held no more"
+        ));
+        return Ok(None);
+    }
+    warnings.push(format!(
+        "{name} is held at generation {number} by rollback; {release} lets apply move it again"
+    ));
+    Ok(Some(if live == Some(number) {
+        SeenArtifact::Live
+    } else {
+        SeenArtifact::Held(number)
+    }))
 }
 
 async fn artifact(

@@ -94,3 +94,14 @@ pub(crate) fn bytes(count: u64) -> String {
     }
     format!("{value:.1} GiB")
 }
+
+/// An age for people, in its largest unit alone: it tells new from old.
+pub(crate) fn age(age: std::time::Duration) -> String {
+    let seconds = age.as_secs();
+    match seconds {
+        0..60 => format!("{seconds}s"),
+        60..3600 => format!("{}m", seconds / 60),
+        3600..86_400 => format!("{}h", seconds / 3600),
+        _ => format!("{}d", seconds / 86_400),
+    }
+}

@@ -146,13 +146,17 @@ pub(crate) fn make(
 }
 
 fn plan_class(seen: &SeenClass, steps: &mut Vec<Step>) -> ClassWork {
-    let SeenArtifact::Wanted {
-        reference,
-        resolved,
-        stored,
-    } = &seen.artifact
-    else {
-        return ClassWork::Keep;
+    let (reference, resolved, stored) = match &seen.artifact {
+        SeenArtifact::None | SeenArtifact::Live => return ClassWork::Keep,
+        SeenArtifact::Held(number) => {
+            steps.push(activate(seen, *number));
+            return ClassWork::Reuse(*number);
+        }
+        SeenArtifact::Wanted {
+            reference,
+            resolved,
+            stored,
+        } => (reference, resolved, stored),
     };
     let class = seen.class.name.clone();
     let manifest = resolved.manifest.digest.to_string();
@@ -186,18 +190,21 @@ fn plan_class(seen: &SeenClass, steps: &mut Vec<Step>) -> ClassWork {
         });
     }
     if let ClassWork::Make(to) | ClassWork::Reuse(to) = work {
-        let displaces = seen
-            .displaces
-            .as_ref()
-            .map(|path| path.display().to_string());
-        steps.push(Step::Activate {
-            class,
-            from: seen.live.as_ref().map(km_artifacts::Generation::number),
-            to,
-            displaces,
-        });
+        steps.push(activate(seen, to));
     }
     work
+}
+
+fn activate(seen: &SeenClass, to: u64) -> Step {
+    Step::Activate {
+        class: seen.class.name.clone(),
+        from: seen.live.as_ref().map(km_artifacts::Generation::number),
+        to,
+        displaces: seen
+            .displaces
+            .as_ref()
+            .map(|path| path.display().to_string()),
+    }
 }
 
 impl Plan {

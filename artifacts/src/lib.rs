@@ -48,5 +48,5 @@ pub use generation::{
 pub use progress::{Item, Progress, Silent};
 pub use publish::{ARTIFACT_TYPE, Options as PublishOptions, Published, PublishedFile, publish};
 pub use pull::pull;
-pub use store::{Store, check_class};
+pub use store::{Store, Unreferenced, check_class};
 pub use unpack::Limits;

@@ -6,6 +6,7 @@
 //!
 //! - [`atomic`]: files, links and folders that are either old or new, never half.
 //! - [`lock`]: one writer at a time, and who it is.
+//! - [`claims`]: which sandbox uses what.
 //! - [`process`]: who answers a socket, who holds a file open.
 //! - [`command`]: host programs, in the host's root, with a deadline.
 //!
@@ -20,6 +21,7 @@
 )]
 
 pub mod atomic;
+pub mod claims;
 pub mod command;
 mod error;
 pub mod lock;

@@ -5,6 +5,7 @@ mod artifacts;
 mod config;
 mod containerd;
 mod plan;
+mod rollback;
 mod runtimeclasses;
 mod status;
 mod uninstall;
@@ -105,7 +106,9 @@ enum Command {
     Status,
     /// Take everything off the node again.
     Uninstall(uninstall::Arguments),
-    /// Push, pull and list guest artifacts.
+    /// Point a class at an earlier generation, and hold it there.
+    Rollback(rollback::Arguments),
+    /// Push, pull, list and collect guest artifacts.
     #[command(subcommand)]
     Artifacts(artifacts::Command),
     /// Look at containerd's configuration: show, diff, restore.
@@ -165,6 +168,7 @@ async fn dispatch(cli: Cli) -> Result<u8> {
         Command::Apply(arguments) => apply::run(global, &arguments).await?,
         Command::Status => status::run(global).await?,
         Command::Uninstall(arguments) => uninstall::run(global, &arguments).await?,
+        Command::Rollback(arguments) => rollback::run(global, &arguments)?,
         Command::Artifacts(command) => artifacts::run(global, &command).await?,
         Command::Containerd(command) => containerd::run(global, &command).await?,
         Command::Runtimeclasses(command) => runtimeclasses::run(global, &command)?,

@@ -1,6 +1,7 @@
 //! Removes what no generation needs, and in the end everything.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -39,34 +40,79 @@ impl Store {
         Ok(())
     }
 
-    /// Removes blobs, contents and records that no generation needs. The lock must be held.
+    /// Blobs, contents and records that no generation needs.
     ///
     /// # Errors
     /// [`Error::Damaged`] when a generation's manifest cannot be read: what it needs is then not known.
-    pub fn remove_unreferenced(&self) -> Result<Removed> {
+    pub fn unreferenced(&self) -> Result<Unreferenced> {
+        self.unreferenced_without(&BTreeSet::new())
+    }
+
+    /// The same, as it will be once these generations (class and number) are gone.
+    ///
+    /// # Errors
+    /// As [`Store::unreferenced`].
+    pub fn unreferenced_without(&self, gone: &BTreeSet<(String, u64)>) -> Result<Unreferenced> {
         let mut needed = Needed::default();
+        let mut going = Vec::new();
         for class in self.classes()? {
             check_class(&class)?;
             for generation in self.generations(&class)? {
-                self.add_needed(&generation.manifest, &mut needed)?;
+                if gone.contains(&(class.clone(), generation.number())) {
+                    going.push(generation);
+                } else {
+                    self.add_needed(&generation.manifest, &mut needed)?;
+                }
             }
         }
         self.add_signatures(&mut needed)?;
-        // First the list, then what it lists: nothing is listed that is not there.
-        if look(&self.oci_dir())?.is_some() {
-            self.keep_manifests(&needed.manifests)?;
+        let mut found = Unreferenced {
+            manifests: needed.manifests,
+            paths: Vec::new(),
+            bytes: 0,
+        };
+        let mut links = Links::default();
+        for generation in &going {
+            links.count_below(&generation.dir)?;
         }
-        let mut removed = Removed::default();
         for algorithm in [Algorithm::Sha256, Algorithm::Sha512] {
             for dir in [
                 self.blobs_dir(algorithm),
                 self.records_dir(algorithm),
                 self.files_dir(algorithm),
             ] {
-                keep(&dir, &needed.paths, &mut removed)?;
+                for name in names(&dir)? {
+                    let path = dir.join(name);
+                    if needed.paths.contains(&path) {
+                        continue;
+                    }
+                    let Some(meta) = look(&path)? else { continue };
+                    links.count(&meta);
+                    found.paths.push(path);
+                }
             }
         }
-        Ok(removed)
+        found.bytes = links.freed();
+        Ok(found)
+    }
+
+    /// Removes blobs, contents and records that no generation needs. The lock must be held.
+    ///
+    /// # Errors
+    /// As [`Store::unreferenced`], and when one cannot be removed.
+    pub fn remove_unreferenced(&self) -> Result<Removed> {
+        let found = self.unreferenced()?;
+        // First the list, then what it lists: nothing is listed that is not there.
+        if look(&self.oci_dir())?.is_some() {
+            self.keep_manifests(&found.manifests)?;
+        }
+        for path in &found.paths {
+            atomic::remove_file(path)?;
+        }
+        Ok(Removed {
+            files: found.paths.len() as u64,
+            bytes: found.bytes,
+        })
     }
 
     /// Removes the store but for `.store/state`, where the caller's journal is; [`Store::remove_state`] is the last step.
@@ -159,18 +205,52 @@ impl Store {
     }
 }
 
-fn keep(dir: &Path, needed: &BTreeSet<PathBuf>, removed: &mut Removed) -> Result<()> {
-    for name in names(dir)? {
-        let path = dir.join(name);
-        if needed.contains(&path) {
-            continue;
-        }
-        let Some(meta) = look(&path)? else { continue };
-        atomic::remove_file(&path)?;
-        removed.files += 1;
-        if meta.nlink() == 1 {
-            removed.bytes += meta.len();
-        }
+/// What no generation needs.
+#[derive(Clone, Debug, Default)]
+pub struct Unreferenced {
+    /// The manifests that are needed: the only ones that the layout goes on listing.
+    manifests: BTreeSet<Digest>,
+    /// Files that can go.
+    pub paths: Vec<PathBuf>,
+    /// Bytes that the disk gets back, as far as no other name leads to them.
+    pub bytes: u64,
+}
+
+/// Counts the names of inodes that go, to tell which of them go with their last name.
+#[derive(Default)]
+struct Links(BTreeMap<(u64, u64), Inode>);
+
+#[derive(Clone, Copy)]
+struct Inode {
+    gone: u64,
+    links: u64,
+    bytes: u64,
+}
+
+impl Links {
+    fn count(&mut self, meta: &fs::Metadata) {
+        let inode = self.0.entry((meta.dev(), meta.ino())).or_insert(Inode {
+            gone: 0,
+            links: meta.nlink(),
+            bytes: meta.len(),
+        });
+        inode.gone += 1;
     }
-    Ok(())
+
+    fn count_below(&mut self, dir: &Path) -> Result<()> {
+        for name in names(dir)? {
+            let path = dir.join(name);
+            match look(&path)? {
+                Some(meta) if meta.is_dir() => self.count_below(&path)?,
+                Some(meta) if meta.is_file() => self.count(&meta),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn freed(&self) -> u64 {
+        let last = |inode: &&Inode| inode.gone >= inode.links;
+        self.0.values().filter(last).map(|inode| inode.bytes).sum()
+    }
 }

@@ -41,6 +41,7 @@ use crate::digest::{Algorithm, Digest};
 use crate::error::{Error, Result};
 
 pub(crate) use check::hash_file;
+pub use collect::Unreferenced;
 pub(crate) use complete::{Record, part_error};
 pub(crate) use oci::NamedManifest;
 pub(crate) use sink::{FileSink, check_space};

@@ -1,5 +1,6 @@
 //! `artifacts`: guest artifacts between registries and the store. One file a subcommand.
 
+mod gc;
 mod list;
 mod pull;
 mod push;
@@ -28,6 +29,8 @@ pub(super) enum Command {
     },
     /// List the generations in the store.
     List,
+    /// Remove generations that nothing needs.
+    Gc(gc::Arguments),
 }
 
 pub(super) async fn run(global: &Global, command: &Command) -> Result<()> {
@@ -36,6 +39,7 @@ pub(super) async fn run(global: &Global, command: &Command) -> Result<()> {
         Command::Push { dir, reference } => push::run(global, &node, dir, reference).await,
         Command::Pull { references } => pull::run(global, &node, references).await,
         Command::List => list::run(global, &node),
+        Command::Gc(arguments) => gc::run(global, &node, arguments),
     }
 }
 
