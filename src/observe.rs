@@ -15,7 +15,7 @@ use km_host::HostPath;
 pub(crate) use containerd::{SeenContainerd, containerd, files};
 
 use crate::config::{Artifacts, RuntimeClass, Update};
-use crate::failure::{self, Kind};
+use crate::failure::{self, Failure, Kind};
 use crate::journal::Journal;
 use crate::node::Node;
 use crate::wanted;

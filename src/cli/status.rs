@@ -4,6 +4,7 @@ use anyhow::Result;
 use serde::Serialize;
 
 use super::Global;
+use crate::journal::Journal;
 use crate::node::Node;
 use crate::{observe, output, plan, wanted};
 use km_containerd_config::ContainerdVersion;
@@ -43,6 +44,8 @@ struct Class {
     manifest: Option<String>,
     bytes: u64,
     damaged: Vec<String>,
+    /// `rollback` holds it at this generation.
+    held: Option<u64>,
     sandboxes: Vec<String>,
 }
 
@@ -72,6 +75,7 @@ async fn look(node: &Node) -> Result<Status> {
     let found = effective
         .map(|effective| effective.handlers())
         .unwrap_or_default();
+    let journal = Journal::open(&node.store.state_dir())?;
     let mut classes = Vec::new();
     for class in &node.config.runtime_classes {
         let handler = class.handler();
@@ -108,6 +112,7 @@ async fn look(node: &Node) -> Result<Status> {
                 live.manifest.files.iter().map(|file| file.file.size).sum()
             }),
             damaged: damaged.iter().map(ToString::to_string).collect(),
+            held: journal.record().held.get(&class.name).copied(),
             sandboxes: sandboxes
                 .iter()
                 .filter(|sandbox| sandbox.handler == handler)
@@ -123,10 +128,7 @@ async fn look(node: &Node) -> Result<Status> {
         },
         sandboxes: sandboxes.len(),
         classes,
-        unfinished: crate::journal::Journal::open(&node.store.state_dir())?
-            .record()
-            .owed
-            .is_some(),
+        unfinished: journal.record().owed.is_some(),
     })
 }
 
@@ -171,6 +173,12 @@ fn text(status: &Status) -> String {
             out.push_str(&format!(
                 "  changed by somebody in containerd's configuration; \"kata-manager apply\" puts it right:\n{}\n",
                 plan::indented(&class.drift, "    ")
+            ));
+        }
+        if let Some(number) = class.held {
+            out.push_str(&format!(
+                "  held at generation {number}; \"kata-manager rollback {} --release\" lets apply move it\n",
+                class.name
             ));
         }
         for damage in &class.damaged {

@@ -39,6 +39,7 @@ fn main() -> Result<ExitCode> {
         ("containerd", tests::containerd::TESTS),
         ("failures", tests::failures::TESTS),
         ("crash", tests::crash::TESTS),
+        ("lifecycle", tests::lifecycle::TESTS),
         ("lock", tests::lock::TESTS),
         ("hostile", tests::hostile::TESTS),
         ("others", tests::others::TESTS),

@@ -6,6 +6,7 @@ pub(crate) mod crash;
 pub(crate) mod failures;
 pub(crate) mod harness;
 pub(crate) mod hostile;
+pub(crate) mod lifecycle;
 pub(crate) mod lock;
 mod node;
 pub(crate) mod others;
