@@ -28,6 +28,20 @@ pub(super) struct Stripped {
 }
 
 impl Stripped {
+    /// A text that has nothing of ours.
+    fn nothing(text: &str, document: &Document) -> Stripped {
+        Stripped {
+            text: text.to_owned(),
+            document: document.clone(),
+            at: None,
+            removed: Vec::new(),
+            restated: Vec::new(),
+            given_back: Vec::new(),
+            cuts: Vec::new(),
+            has_orphans: false,
+        }
+    }
+
     /// The line that a line of this text has in the text before, for messages.
     pub(super) fn line_before(&self, before: &str, line: usize) -> usize {
         let mut offset = Lines::new(&self.text).start_of(line);
@@ -46,6 +60,9 @@ pub(super) fn strip(
     document: &Document,
     orphans: &[String],
 ) -> Result<Stripped, EditError> {
+    if document.marks.is_empty() && orphans.is_empty() {
+        return Ok(Stripped::nothing(text, document));
+    }
     let mut removed = document.own_names();
     removed.extend(orphans.iter().cloned());
     let own = removed.iter();
@@ -53,12 +70,7 @@ pub(super) fn strip(
         .filter(|name| document.marks.restated(name))
         .cloned()
         .collect();
-    let taken = if document.marks.is_empty() && orphans.is_empty() {
-        Taken::nothing(text)
-    } else {
-        take_out(text, document, orphans)?
-    };
-    let Taken { text, at, cuts } = taken;
+    let Taken { text, at, cuts } = take_out(text, document, orphans)?;
     let stripped = Document::parse(&text).map_err(|error| {
         if document.marks.kept.is_empty() {
             EditError::NotAsMeant {
@@ -115,16 +127,6 @@ pub(super) struct Taken {
     /// Where our block stood in it.
     at: Option<usize>,
     cuts: Vec<Range<usize>>,
-}
-
-impl Taken {
-    fn nothing(text: &str) -> Taken {
-        Taken {
-            text: text.to_owned(),
-            at: None,
-            cuts: Vec::new(),
-        }
-    }
 }
 
 /// The text without anything of ours.

@@ -37,15 +37,22 @@ pub(super) fn composed(
         what: format!("the result cannot be read: {error}"),
     })?;
     let names: Vec<String> = plan.handlers().map(|h| h.name.clone()).collect();
-    let mut rest = without(&document.tree, &names);
-    if base.document.version().is_none() {
-        rest.remove("version");
+    let given = base.document.version().is_none();
+    let sides = [
+        (&base.document.tree, plan.displaced),
+        (&document.tree, names.as_slice()),
+    ];
+    if given || !surely_same(sides) {
+        let mut rest = without(&document.tree, &names);
+        if given {
+            rest.remove("version");
+        }
+        same(
+            &without(&base.document.tree, plan.displaced),
+            &rest,
+            "after adding our handlers",
+        )?;
     }
-    same(
-        &without(&base.document.tree, plan.displaced),
-        &rest,
-        "after adding our handlers",
-    )?;
     for handler in plan.handlers() {
         if document.settings(&handler.name) != Some(&handler.settings) {
             return Err(EditError::NotAsMeant {
@@ -170,6 +177,47 @@ fn is_zero(value: Option<&Value>) -> bool {
         Some(Value::Object(table)) => table.is_empty(),
         Some(Value::Bool(true)) => false,
     }
+}
+
+/// Whether two documents are the same, some handlers of each apart. A large one is not copied for it; false may also mean that
+/// a closer look is needed.
+fn surely_same([(a, skip_a), (b, skip_b)]: [(&Settings, &[String]); 2]) -> bool {
+    fn but_for(a: &Settings, b: &Settings, keys: &[&str]) -> bool {
+        let counts = |table: &Settings| {
+            table
+                .keys()
+                .filter(|key| !keys.contains(&key.as_str()))
+                .count()
+        };
+        let mut rest = a.iter().filter(|(key, _)| !keys.contains(&key.as_str()));
+        counts(a) == counts(b) && rest.all(|(key, value)| b.get(key) == Some(value))
+    }
+    fn below<'t>(table: &'t Settings, key: &str, empty: &'t Settings) -> Option<&'t Settings> {
+        table.get(key).map_or(Some(empty), Value::as_object)
+    }
+    let empty = Settings::new();
+    let step = |a, b, key| Some((below(a, key, &empty)?, below(b, key, &empty)?));
+    let plugin_is_same = |a, b| -> Option<bool> {
+        let (c, d) = step(a, b, "containerd")?;
+        let (e, f) = step(c, d, "runtimes")?;
+        let keep = |table: &Settings, skip: &[String]| -> Settings {
+            let rest = table.iter().filter(|(name, _)| !skip.contains(name));
+            rest.map(|(name, value)| (name.clone(), value.clone()))
+                .collect()
+        };
+        let rest = but_for(a, b, &["containerd"]) && but_for(c, d, &["runtimes"]);
+        Some(rest && keep(e, skip_a) == keep(f, skip_b))
+    };
+    let all = || -> Option<bool> {
+        let (c, d) = step(a, b, "plugins")?;
+        let mut same = but_for(a, b, &["plugins"]) && but_for(c, d, &PLUGINS);
+        for plugin in PLUGINS {
+            let (e, f) = step(c, d, plugin)?;
+            same = same && plugin_is_same(e, f)?;
+        }
+        Some(same)
+    };
+    all().unwrap_or(false)
 }
 
 /// The document without these handlers, and without the tables that only led to them.
