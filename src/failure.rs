@@ -17,6 +17,8 @@ pub(crate) enum Kind {
     Host = 7,
     /// containerd.
     Containerd = 8,
+    /// A device, or the kernel's part in handing it over.
+    Device = 9,
     /// A mistake of ours.
     Bug = 70,
 }
@@ -110,6 +112,12 @@ fn kind_of(error: &(dyn std::error::Error + 'static)) -> Option<Kind> {
     }
     if error.is::<km_cri::Error>() || error.is::<km_systemd::Error>() {
         return Some(Kind::Containerd);
+    }
+    if let Some(error) = error.downcast_ref::<km_vfio::apply::ApplyError>() {
+        return Some(match error.is_refusal() {
+            true => Kind::Refused,
+            false => Kind::Device,
+        });
     }
     if error.is::<km_host::Error>() || error.is::<km_host::command::CommandError>() {
         return Some(Kind::Host);

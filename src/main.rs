@@ -6,6 +6,7 @@ mod cli;
 mod collect;
 mod config;
 mod daemon;
+mod draw;
 mod execute;
 mod failure;
 mod flavor;
@@ -29,6 +30,12 @@ fn main() -> ExitCode {
         .is_some_and(|word| word == km_host::command::ENTER_ROOT)
     {
         return enter_root(&arguments[2..]);
+    }
+    if arguments
+        .get(1)
+        .is_some_and(|word| word == km_host::attribute::WRITE_ATTRIBUTE)
+    {
+        return ExitCode::from(km_host::attribute::write_here(&arguments[2..]));
     }
     cli::run(arguments)
 }

@@ -161,7 +161,7 @@ fn captured(file: &mut File) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn ends_within(child: &Child, deadline: Duration) -> io::Result<bool> {
+pub(crate) fn ends_within(child: &Child, deadline: Duration) -> io::Result<bool> {
     let pidfd = rustix::process::pidfd_open(pid_of(child)?, PidfdFlags::empty())?;
     let timeout =
         Timespec::try_from(deadline).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;

@@ -8,6 +8,7 @@
 //! - [`lock`]: one writer at a time, and who it is.
 //! - [`claims`]: which sandbox uses what.
 //! - [`process`]: who answers a socket, who holds a file open.
+//! - [`attribute`]: writes to the kernel's attributes, with a deadline.
 //! - [`command`]: host programs, in the host's root, with a deadline.
 //!
 //! This crate knows nothing of containerd, registries, Kata or GPUs.
@@ -21,6 +22,7 @@
 )]
 
 pub mod atomic;
+pub mod attribute;
 pub mod claims;
 pub mod command;
 mod error;

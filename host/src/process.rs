@@ -149,6 +149,104 @@ fn inodes_below(dir: &Path) -> Result<Inodes, Error> {
     Ok(files)
 }
 
+/// An open file of a process, as its link in `/proc/<pid>/fd` shows it.
+#[derive(Debug)]
+pub struct OpenFile<'a> {
+    proc: &'a Path,
+    number: &'a str,
+    name: String,
+}
+
+/// What a walk through open files could not see.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Walk {
+    /// How many processes' open files could not be listed.
+    pub unseen: usize,
+}
+
+impl OpenFile<'_> {
+    /// Its path in the process's mount namespace, or the kernel's name for it, such as `anon_inode:[vfio-device]`.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its major and minor numbers when it is a character or block device. A file system that does not answer is not waited
+    /// for (statx(2), `AT_STATX_DONT_SYNC`).
+    pub fn device_number(&self) -> Option<(u32, u32)> {
+        use rustix::fs::{AtFlags, CWD, FileType, StatxFlags};
+        if !self.name.starts_with('/') {
+            return None;
+        }
+        let link = self.proc.join("fd").join(self.number);
+        let stat = rustix::fs::statx(CWD, link, AtFlags::STATX_DONT_SYNC, StatxFlags::TYPE).ok()?;
+        matches!(
+            FileType::from_raw_mode(stat.stx_mode.into()),
+            FileType::CharacterDevice | FileType::BlockDevice
+        )
+        .then_some((stat.stx_rdev_major, stat.stx_rdev_minor))
+    }
+
+    /// What `/proc/<pid>/fdinfo` tells of it, at most 4 KiB.
+    pub fn info(&self) -> Option<String> {
+        use std::io::Read;
+        let mut text = Vec::new();
+        fs::File::open(self.proc.join("fdinfo").join(self.number))
+            .ok()?
+            .take(4096)
+            .read_to_end(&mut text)
+            .ok()?;
+        Some(String::from_utf8_lossy(&text).into_owned())
+    }
+}
+
+/// Shows every open file of every other process that is a path or an anonymous inode to `see`; sockets and pipes are passed
+/// over.
+///
+/// # Errors
+/// When `/proc` cannot be listed.
+pub fn open_devices(root: &Root, see: &mut dyn FnMut(u32, &OpenFile<'_>)) -> Result<Walk, Error> {
+    let proc = proc_dir(root);
+    let mut walk = Walk::default();
+    let entries = match fs::read_dir(&proc) {
+        Ok(entries) => entries,
+        Err(error) => return Err(Error::io("list", &proc)(error)),
+    };
+    for entry in entries.flatten() {
+        let Some(pid) = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse().ok())
+        else {
+            continue;
+        };
+        if pid == std::process::id() && root.is_slash() {
+            continue;
+        }
+        let proc = entry.path();
+        match fs::read_dir(proc.join("fd")) {
+            Ok(links) => links
+                .flatten()
+                .for_each(|link| show(&proc, pid, &link, see)),
+            // It has ended meanwhile.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(_) => walk.unseen += 1,
+        }
+    }
+    Ok(walk)
+}
+
+fn show(proc: &Path, pid: u32, link: &fs::DirEntry, see: &mut dyn FnMut(u32, &OpenFile<'_>)) {
+    let (Ok(target), number) = (fs::read_link(link.path()), link.file_name()) else {
+        return;
+    };
+    let (name, Some(number)) = (target.to_string_lossy().into_owned(), number.to_str()) else {
+        return;
+    };
+    if name.starts_with('/') || name.starts_with("anon_inode:") {
+        see(pid, &OpenFile { proc, number, name });
+    }
+}
+
 fn proc_dir(root: &Root) -> PathBuf {
     root.path().join("proc")
 }

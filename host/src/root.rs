@@ -111,6 +111,9 @@ impl From<HostPath> for String {
     }
 }
 
+/// How often a path is walked anew when a rename somewhere made the kernel unsure of a `..` in it (openat2(2), `EAGAIN`).
+const RACES: usize = 100;
+
 /// The host's root directory.
 #[derive(Debug)]
 pub struct Root {
@@ -179,6 +182,20 @@ impl Root {
         }
     }
 
+    /// Opens a path of the host, without waiting for the other end of a pipe. Symlinks are followed as the host would follow
+    /// them, never out of the root; `flags` come on top of `O_CLOEXEC`, and `O_NONBLOCK` and `O_NOCTTY` where they mean something.
+    ///
+    /// # Errors
+    /// The system's answer.
+    pub fn open(&self, path: &Path, flags: OFlags) -> std::io::Result<OwnedFd> {
+        let extra = if flags.contains(OFlags::PATH) {
+            OFlags::empty()
+        } else {
+            OFlags::NONBLOCK | OFlags::NOCTTY
+        };
+        Ok(self.open_beneath(path, flags | extra)?)
+    }
+
     /// The host's name for a path of ours; `None` if the path is not below the root.
     pub fn host_path(&self, ours: &Path) -> Option<HostPath> {
         let relative = ours.strip_prefix(&self.path).ok()?;
@@ -186,19 +203,29 @@ impl Root {
     }
 
     fn open_path(&self, path: &Path) -> Result<OwnedFd, rustix::io::Errno> {
+        self.open_beneath(path, OFlags::PATH)
+    }
+
+    fn open_beneath(&self, path: &Path, flags: OFlags) -> Result<OwnedFd, rustix::io::Errno> {
         let relative = path.strip_prefix("/").unwrap_or(path);
         let relative = if relative.as_os_str().is_empty() {
             Path::new(".")
         } else {
             relative
         };
-        rustix::fs::openat2(
-            &self.fd,
-            relative,
-            OFlags::PATH | OFlags::CLOEXEC,
-            Mode::empty(),
-            ResolveFlags::IN_ROOT,
-        )
+        for _ in 0..RACES {
+            let result = rustix::fs::openat2(
+                &self.fd,
+                relative,
+                flags | OFlags::CLOEXEC,
+                Mode::empty(),
+                ResolveFlags::IN_ROOT,
+            );
+            if !matches!(result, Err(rustix::io::Errno::AGAIN)) {
+                return result;
+            }
+        }
+        Err(rustix::io::Errno::AGAIN)
     }
 }
 

@@ -4,10 +4,12 @@ mod apply;
 mod artifacts;
 mod config;
 mod containerd;
+mod devices;
 mod plan;
 mod rollback;
 mod runtimeclasses;
 mod status;
+mod topology;
 mod uninstall;
 
 use std::ffi::OsString;
@@ -45,6 +47,7 @@ const EXIT_CODES: &str = "Exit codes:
    6  verification: digest, hostile content
    7  host: disk, permission
    8  containerd
+   9  device
   70  a bug of kata-manager";
 
 /// Options of every command.
@@ -114,6 +117,11 @@ enum Command {
     /// Look at containerd's configuration: show, diff, restore.
     #[command(subcommand)]
     Containerd(containerd::Command),
+    /// List GPUs and NVSwitches, and hand them to VFIO and back.
+    #[command(subcommand)]
+    Devices(devices::Command),
+    /// Draw the PCI tree with GPUs, switches, IOMMU groups, NUMA nodes, drivers and users.
+    Topology(topology::Arguments),
     /// Print Kubernetes RuntimeClass objects.
     #[command(subcommand)]
     Runtimeclasses(runtimeclasses::Command),
@@ -171,6 +179,8 @@ async fn dispatch(cli: Cli) -> Result<u8> {
         Command::Rollback(arguments) => rollback::run(global, &arguments)?,
         Command::Artifacts(command) => artifacts::run(global, &command).await?,
         Command::Containerd(command) => containerd::run(global, &command).await?,
+        Command::Devices(command) => devices::run(global, &command)?,
+        Command::Topology(arguments) => topology::run(global, &arguments)?,
         Command::Runtimeclasses(command) => runtimeclasses::run(global, &command)?,
         Command::Config(command) => config::run(global, &command)?,
         Command::Completions { shell } => {

@@ -1,0 +1,24 @@
+//! `devices unbind`.
+
+use anyhow::Result;
+use km_vfio::plan;
+
+use super::Which;
+use crate::cli::Global;
+
+#[derive(Debug, clap::Args)]
+pub(in crate::cli) struct Arguments {
+    #[command(flatten)]
+    which: Which,
+}
+
+pub(super) fn run(global: &Global, arguments: &Arguments) -> Result<()> {
+    let request = plan::Request {
+        targets: arguments.which.targets(),
+        whole_group: true,
+        console: true,
+    };
+    super::change(global, &arguments.which, "DevicesUnbound", |_, looked| {
+        plan::unbind(&looked.inventory, &looked.users, &request)
+    })
+}
