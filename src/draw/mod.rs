@@ -62,18 +62,30 @@ pub(crate) fn state(inventory: &Inventory, users: &Users, function: &Function) -
     said(Mood::Ready, "ready")
 }
 
+/// What a function is called: what it is and its model, without saying a word twice.
+pub(crate) fn title(function: &Function) -> String {
+    let (word, label) = (function.kind.word(), function.label());
+    if label.contains(word) {
+        label
+    } else {
+        format!("{word} {label}")
+    }
+}
+
 /// A link in a few characters: `32.0 GT/s x16`, with what the function could do where that is more.
 pub(crate) fn link(link: &Link) -> String {
     let one = |speed: &Option<String>, width: Option<u8>| match (speed, width) {
-        (Some(speed), Some(width)) => Some(format!("{} x{width}", speed.trim_end_matches(".0"))),
-        (Some(speed), None) => Some(speed.trim_end_matches(".0").to_owned()),
+        (Some(speed), Some(width)) => {
+            Some(format!("{} GT/s x{width}", speed.trim_end_matches(".0")))
+        }
+        (Some(speed), None) => Some(format!("{} GT/s", speed.trim_end_matches(".0"))),
         _ => None,
     };
     let now = one(&link.speed, link.width);
     let most = one(&link.max_speed, link.max_width);
     match (now, most) {
-        (Some(now), Some(most)) if now != most => format!("{now} GT/s (of {most})"),
-        (Some(now), _) => format!("{now} GT/s"),
+        (Some(now), Some(most)) if now != most => format!("{now} (of {most})"),
+        (Some(now), _) => now,
         (None, _) => "down".to_owned(),
     }
 }

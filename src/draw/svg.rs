@@ -201,8 +201,8 @@ impl Picture<'_> {
             y + 8,
             CARD - 16
         ));
-        let label = format!("{} {}", function.kind.word(), function.label());
-        self.text(x + 16, y + 20, "name", &shortened(&label, 32));
+        let label = shortened(&super::title(function), 32);
+        self.text(x + 16, y + 20, "name", &label);
         self.text(x + 16, y + 38, "mono quiet", &details(function));
         let driver = function.driver.as_deref().unwrap_or("no driver");
         self.pill(x + 268, y + 7, 126, &shortened(driver, 17));
@@ -302,7 +302,7 @@ fn plural(count: usize, one: &str, many: &str) -> String {
 fn details(function: &Function) -> String {
     let mut text = function.address.to_string();
     if let Some(about) = &function.link {
-        let _ = write!(text, "  {}", shortened(&link(about), 18));
+        let _ = write!(text, " · {}", shortened(&link(about), 22));
     }
     text
 }

@@ -3,7 +3,7 @@
 use km_vfio::topology::Node;
 use km_vfio::{Address, BridgeKind, Inventory, Users};
 
-use super::{domain, link, shortened, state};
+use super::{domain, link, shortened, state, title};
 
 /// Draws the tree. Lines are not cut: a terminal's width is not known here.
 pub(crate) fn text(inventory: &Inventory, users: &Users) -> String {
@@ -80,18 +80,7 @@ fn label(inventory: &Inventory, users: &Users, address: Address) -> String {
     let Some(function) = inventory.function(address) else {
         return String::new();
     };
-    let mut parts = vec![match function.kind.is_primary() {
-        true => format!(
-            "{} {}",
-            function.kind.word(),
-            shortened(&function.label(), 40)
-        ),
-        false => format!(
-            "{} {}",
-            function.kind.word(),
-            shortened(&function.label(), 32)
-        ),
-    }];
+    let mut parts = vec![shortened(&title(function), 44)];
     parts.push(
         function
             .driver

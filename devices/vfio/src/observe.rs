@@ -374,6 +374,7 @@ fn name(sysfs: Sysfs<'_>, inventory: &mut Inventory) {
         name.or_else(|| {
             names
                 .vendor_name(id.0)
+                .filter(|_| id.0 != NVIDIA)
                 .map(|name| format!("{name} {:04x}", id.1))
         })
     };

@@ -39,7 +39,8 @@ pub struct Node {
 impl Inventory {
     /// The tree of this inventory.
     pub fn topology(&self) -> Vec<Domain> {
-        let mut domains: BTreeMap<(bool, Option<u16>), BTreeMap<&str, Vec<Node>>> = BTreeMap::new();
+        type Roots<'a> = BTreeMap<&'a str, Vec<Node>>;
+        let mut domains: BTreeMap<(bool, Option<u16>), Roots<'_>> = BTreeMap::new();
         for function in &self.functions {
             // Nodes that are told come first.
             let domain = (function.numa_node.is_none(), function.numa_node);
