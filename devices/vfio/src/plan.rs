@@ -145,6 +145,11 @@ pub enum Refusal {
         /// Its driver.
         driver: String,
     },
+    /// A claim cannot be read.
+    #[error(
+        "cannot tell which devices a sandbox claims in {0}: remove the file if its sandbox is gone"
+    )]
+    Claim(String),
     /// The console is on it.
     #[error(
         "{0} shows the console, which goes dark when its driver lets go: say --console if that is fine"
@@ -190,7 +195,7 @@ pub fn bind(
             move_to(&mut plan, function, choice);
         }
     }
-    done(plan, refusals)
+    done(plan, refusals, users)
 }
 
 /// Plans giving functions back to the host.
@@ -216,10 +221,13 @@ pub fn unbind(
             to: None,
         });
     }
-    done(plan, refusals)
+    done(plan, refusals, users)
 }
 
-fn done(plan: Plan, refusals: Vec<Refusal>) -> Result<Plan, Vec<Refusal>> {
+fn done(plan: Plan, mut refusals: Vec<Refusal>, users: &Users) -> Result<Plan, Vec<Refusal>> {
+    if !plan.steps.is_empty() {
+        refusals.extend(users.unreadable.iter().cloned().map(Refusal::Claim));
+    }
     if refusals.is_empty() {
         Ok(plan)
     } else {

@@ -1,4 +1,4 @@
-//! Who uses a function: processes that have one of its nodes open.
+//! Who uses a function: processes that have one of its nodes open, and sandboxes that have claimed it and live.
 //!
 //! A function's nodes are those that sysfs shows below it (a `dev` file: VFIO character devices, `/dev/dri`, `/dev/snd`), its
 //! group's `/dev/vfio/<group>`, and for NVIDIA's own driver `/dev/nvidia<minor>` and `/dev/nvidia-nvswitch<n>`. An open file is
@@ -10,6 +10,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use km_host::Root;
+use km_host::claims::{Claims, Found};
 use serde::Serialize;
 
 use crate::sysfs::{Sysfs, printable};
@@ -33,6 +34,8 @@ pub struct Users {
     holders: BTreeMap<Address, BTreeSet<Holder>>,
     /// How many processes' open files could not be looked at: without root, those of others.
     pub unseen: usize,
+    /// Claims that cannot be read: any function may be theirs.
+    pub unreadable: Vec<String>,
 }
 
 /// How deep below a function nodes are looked for: `sound/card0/pcmC0D3p/dev` is the deepest of a GPU.
@@ -66,7 +69,35 @@ impl Users {
             let name = sysfs.text(format!("/proc/{holder}/comm"));
             users.name(holder, &name.unwrap_or_else(|| "?".to_owned()));
         }
+        users.claims(root, inventory)?;
         Ok(users)
+    }
+
+    /// A sandbox that has claimed a function uses it, even before its virtual machine has opened it.
+    fn claims(&mut self, root: &Root, inventory: &Inventory) -> Result<(), km_host::Error> {
+        let claims = Claims::open(root)?;
+        for found in claims.list()? {
+            let claim = match found {
+                Found::Claim(claim) => claim,
+                Found::Unreadable { path, problem } => {
+                    let text = format!("{}: {problem}", path.display());
+                    self.unreadable.push(printable(&text));
+                    continue;
+                }
+            };
+            if !claims.is_alive(&claim) {
+                continue;
+            }
+            let devices = claim.devices.iter().filter_map(|text| text.parse().ok());
+            for address in devices.filter(|address| inventory.function(*address).is_some()) {
+                self.holders.entry(address).or_default().insert(Holder {
+                    pid: claim.process.pid,
+                    name: format!("sandbox {}", printable(&claim.sandbox)),
+                    file: "its claim".to_owned(),
+                });
+            }
+        }
+        Ok(())
     }
 
     /// Who uses the function at an address.

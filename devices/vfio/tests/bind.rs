@@ -339,3 +339,29 @@ fn a_function_that_vfio_takes_again_is_told() {
     assert!(matches!(error, ApplyError::Undone { .. }), "{error:?}");
     assert_eq!(fake.driver("0000:01:00.0").as_deref(), Some("vfio-pci"));
 }
+
+#[test]
+fn a_claim_of_a_living_sandbox_counts() {
+    let claim = |boot: &str| {
+        format!(
+            r#"{{"format":1,"sandbox":"abc","namespace":"k8s.io","handler":"h","class":"c","generation":1,
+            "devices":["0000:81:00.0"],"bundle":"/run/bundle","process":{{"pid":12,"started":5,"boot":"{boot}"}}}}"#
+        )
+    };
+    let machine = |boot: &str| {
+        shapes::two_models()
+            .file("/proc/sys/kernel/random/boot_id", "b1\n")
+            .file("/run/bundle/config.json", "{}")
+            .file("/run/kata-manager/sandboxes/abc.json", &claim(boot))
+    };
+    let fake = Fake::new(&machine("b1"));
+    let refusals = fake.plan_bind(&all()).unwrap_err();
+    assert!(matches!(&refusals[..], [Refusal::Held { by, .. }] if by[0].name == "sandbox abc"));
+    let fake = Fake::new(&machine("of another boot"));
+    assert_eq!(fake.plan_bind(&all()).unwrap().steps.len(), 1);
+    let fake = Fake::new(&machine("b1").file("/run/kata-manager/sandboxes/abc.json", "{"));
+    assert!(matches!(
+        fake.plan_bind(&all()).unwrap_err()[..],
+        [Refusal::Claim(_)]
+    ));
+}
