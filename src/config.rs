@@ -27,6 +27,10 @@ pub(crate) struct Config {
     #[serde(default = "default_artifacts_dir")]
     #[schemars(with = "String")]
     pub(crate) artifacts_dir: HostPath,
+    /// Keep the blobs of archive layers after they are unpacked, so that their artifacts can be exported. Takes their size
+    /// again on disk.
+    #[serde(default)]
+    pub(crate) keep_blobs: bool,
     /// The runtime classes of this node.
     #[serde(default)]
     pub(crate) runtime_classes: Vec<RuntimeClass>,

@@ -49,7 +49,8 @@ impl Node {
         }
         // What is not supported is refused by the commands that concern containerd, not by those that do not.
         let flavor = flavor::settle(&root, &mut config.containerd);
-        let store = Store::open(&root.resolve(&config.artifacts_dir)?)?;
+        let store =
+            Store::open(&root.resolve(&config.artifacts_dir)?)?.with_blobs_kept(config.keep_blobs);
         Ok(Node {
             root,
             config,

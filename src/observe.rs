@@ -243,6 +243,9 @@ async fn artifact(
     if same.is_some() && seen.class.update == Update::Never {
         return Ok(SeenArtifact::Live);
     }
+    let look_up = |error: anyhow::Error| {
+        error.context(format!("cannot look up {text}, the artifact of {name}"))
+    };
     let digest = match digests.of(reference).await {
         Ok(digest) => digest,
         Err(error) => {
@@ -255,7 +258,18 @@ async fn artifact(
                     ));
                     Ok(SeenArtifact::Live)
                 }
-                _ => Err(error.context(format!("cannot look up {text}, the artifact of {name}"))),
+                _ if failure::kind(&error) == Kind::Registry => {
+                    match imported(node, seen, reference)? {
+                        Some(found) => {
+                            warnings.push(format!(
+                                "{name}: {error}; what is here under {text} is taken"
+                            ));
+                            Ok(found)
+                        }
+                        None => Err(look_up(error)),
+                    }
+                }
+                _ => Err(look_up(error)),
             };
         }
     };
@@ -284,6 +298,24 @@ pub(crate) fn read(path: &std::path::Path) -> Result<Option<Vec<u8>>> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(km_host::Error::io("read", path)(error).into()),
     }
+}
+
+/// What was imported or pulled by this very reference, in place of a registry that cannot be reached.
+fn imported(node: &Node, seen: &SeenClass, reference: &Reference) -> Result<Option<SeenArtifact>> {
+    let Some(resolved) = node.store.resolved(reference)? else {
+        return Ok(None);
+    };
+    let live = seen.live.as_ref().filter(|live| {
+        live.manifest.manifest == resolved.manifest.digest && live.manifest.inputs == seen.inputs
+    });
+    if live.is_some() && seen.damages.is_empty() {
+        return Ok(Some(SeenArtifact::Live));
+    }
+    Ok(Some(SeenArtifact::Wanted {
+        reference: reference.with_digest(resolved.digest.clone()),
+        resolved: Box::new(resolved),
+        stored: seen.damages.is_empty(),
+    }))
 }
 
 fn missing_provider_files(node: &Node) -> Result<Vec<String>> {

@@ -158,6 +158,26 @@ pub enum Error {
         /// By whom, and what to do.
         why: String,
     },
+    /// Blobs that an export needs were dropped after they had been unpacked.
+    #[error(
+        "{reference} cannot be exported: {} of its blobs are not here any more ({}); set keepBlobs: true and pull it again",
+        blobs.len(),
+        blobs.first().map(ToString::to_string).unwrap_or_default()
+    )]
+    Dropped {
+        /// The artifact.
+        reference: String,
+        /// Their digests.
+        blobs: Vec<Digest>,
+    },
+    /// A file that is no OCI image layout, or holds what is none of one.
+    #[error("{} cannot be imported: {problem}", path.display())]
+    Layout {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
     /// A folder cannot be published.
     #[error("{} cannot be published: {problem}", path.display())]
     Publish {
@@ -186,6 +206,7 @@ impl Error {
             Error::Digest { .. }
             | Error::Size { .. }
             | Error::Manifest { .. }
+            | Error::Layout { .. }
             | Error::Untrusted { .. }
             | Error::Hostile { .. }
             | Error::Archive { .. } => true,

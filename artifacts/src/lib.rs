@@ -17,6 +17,8 @@
 //!
 //! [`publish()`] goes the other way: a folder becomes an artifact in a registry.
 //!
+//! [`archive`] carries artifacts between stores in one file, without a network.
+//!
 //! It must not know of containerd, Kata's configuration, Kubernetes or the command line.
 
 #![cfg_attr(
@@ -27,6 +29,7 @@
     )
 )]
 
+pub mod archive;
 pub mod digest;
 mod error;
 mod generation;

@@ -234,7 +234,10 @@ fn jobs(store: &Store, manifest: &Digest, bytes: &[u8]) -> Result<Vec<Job>> {
 fn add_part(store: &Store, part: &Part, jobs: &mut BTreeMap<Digest, Job>) -> Result<()> {
     let done = match &part.role {
         Role::Raw { .. } => store.join_raw(&part.digest, part.size)?,
-        Role::Archive { content, .. } => store.unpacked(&part.digest, content.as_ref())?.is_some(),
+        Role::Archive { content, .. } => {
+            store.unpacked(&part.digest, content.as_ref())?.is_some()
+                && (!store.keeps_blobs() || store.has_blob(&part.digest, part.size)?)
+        }
     };
     if done {
         return Ok(());
@@ -310,7 +313,7 @@ fn settle(store: &Store, job: &Job, limits: &Limits) -> Result<()> {
     let spent = unpacked
         .as_ref()
         .map_or_else(Error::is_verification, |_| true);
-    if spent && !job.raw {
+    if spent && !(job.raw || unpacked.is_ok() && store.keeps_blobs()) {
         store.drop_blob(&job.digest)?;
     }
     unpacked.map(|_| ())

@@ -189,11 +189,12 @@ impl Store {
             needed.paths.insert(self.blob_path(&config));
         }
         for layer in &manifest.layers {
-            needed.paths.insert(if layer.unpacked {
-                self.record_path(&layer.digest)
-            } else {
-                self.blob_path(&layer.digest)
-            });
+            if layer.unpacked {
+                needed.paths.insert(self.record_path(&layer.digest));
+            }
+            if !layer.unpacked || self.keep_blobs {
+                needed.paths.insert(self.blob_path(&layer.digest));
+            }
         }
         let files = manifest.files.iter().map(|stored| &stored.file);
         needed.paths.extend(

@@ -60,6 +60,8 @@ const CLASS_MAX: usize = 253;
 #[derive(Clone, Debug)]
 pub struct Store {
     dir: PathBuf,
+    /// Blobs of archives stay after they were unpacked.
+    keep_blobs: bool,
 }
 
 impl Store {
@@ -82,7 +84,14 @@ impl Store {
         }
         Ok(Store {
             dir: dir.to_owned(),
+            keep_blobs: false,
         })
+    }
+
+    /// Says whether the blobs of archives stay after they were unpacked, so that they can be exported.
+    #[must_use]
+    pub fn with_blobs_kept(self, keep_blobs: bool) -> Store {
+        Store { keep_blobs, ..self }
     }
 
     /// Creates what is missing of the layout. Returns the folders that it made, outermost first.
@@ -114,6 +123,11 @@ impl Store {
         let lock = Lock::acquire(&self.state_dir().join("lock"), wait)?;
         self.sweep()?;
         Ok(lock)
+    }
+
+    /// See [`Store::with_blobs_kept`].
+    pub(crate) fn keeps_blobs(&self) -> bool {
+        self.keep_blobs
     }
 
     /// The folder that the store was opened with.

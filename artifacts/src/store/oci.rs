@@ -10,7 +10,9 @@ use serde_json::{Map, Value};
 use super::Store;
 use super::complete::{read, to_json};
 use crate::digest::Digest;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::reference::Reference;
+use crate::registry::{Manifest, Resolved};
 
 /// A reference's name in `index.json` (image specification, annotations.md). It is the whole reference, so that two
 /// repositories with equal tags do not collide; the grammar there allows it.
@@ -160,6 +162,44 @@ impl Store {
                 Some((digest, entry.size, entry.name().map(str::to_owned)))
             })
             .collect())
+    }
+
+    /// What a reference led to when it was last pulled or imported, if all of it is here: what stands in for a registry that
+    /// cannot be reached. `Resolved::digest` is the manifest's.
+    ///
+    /// # Errors
+    /// When the disk fails, or the artifact cannot be used.
+    pub fn resolved(&self, reference: &Reference) -> Result<Option<Resolved>> {
+        let name = reference.to_string();
+        let listed = self.listed()?;
+        let named = |(_, _, found): &&(_, _, Option<String>)| found.as_ref() == Some(&name);
+        let Some((digest, _, _)) = listed.iter().find(named) else {
+            return Ok(None);
+        };
+        if self.artifact(digest)?.is_none() {
+            return Ok(None);
+        }
+        let Some(bytes) = self.manifest_bytes(digest)? else {
+            return Ok(None);
+        };
+        let parsed = crate::layers::parse(&bytes).map_err(|problem| Error::Manifest {
+            manifest: digest.clone(),
+            problem,
+        })?;
+        let media_type = parsed.media_type().as_ref().map_or_else(
+            || "application/vnd.oci.image.manifest.v1+json".to_owned(),
+            ToString::to_string,
+        );
+        Ok(Some(Resolved {
+            digest: digest.clone(),
+            manifest: Manifest {
+                digest: digest.clone(),
+                media_type,
+                bytes,
+                parsed,
+            },
+            index: None,
+        }))
     }
 
     /// Forgets every manifest that is not to be kept.

@@ -1,6 +1,8 @@
 //! `artifacts`: guest artifacts between registries and the store. One file a subcommand.
 
+mod export;
 mod gc;
+mod import;
 mod list;
 mod pull;
 mod push;
@@ -31,6 +33,10 @@ pub(super) enum Command {
     List,
     /// Remove generations that nothing needs.
     Gc(gc::Arguments),
+    /// Write artifacts of the store into one file.
+    Export(export::Arguments),
+    /// Bring the artifacts of a file into the store.
+    Import(import::Arguments),
 }
 
 pub(super) async fn run(global: &Global, command: &Command) -> Result<()> {
@@ -39,6 +45,8 @@ pub(super) async fn run(global: &Global, command: &Command) -> Result<()> {
         Command::Push { dir, reference } => push::run(global, &node, dir, reference).await,
         Command::Pull { references } => pull::run(global, &node, references).await,
         Command::List => list::run(global, &node),
+        Command::Export(arguments) => export::run(global, &node, arguments),
+        Command::Import(arguments) => import::run(global, &node, arguments).await,
         Command::Gc(arguments) => gc::run(global, &node, arguments),
     }
 }

@@ -4,9 +4,11 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use km_tests_e2e::containerd::{Options, Version};
+use km_tests_e2e::proxy::Fault;
 use km_tests_e2e::qemu::Mapped;
 use km_tests_e2e::sandbox::Sandbox;
 use km_tests_e2e::suite::Test;
@@ -25,6 +27,7 @@ pub(crate) const TESTS: &[Test] = &[
     ),
     ("gc_keeps_what_is_needed", gc_keeps_what_is_needed),
     ("a_shared_file_is_there_once", a_shared_file_is_there_once),
+    ("a_site_without_a_network", a_site_without_a_network),
 ];
 
 /// The tag that the tests move.
@@ -253,6 +256,72 @@ fn a_shared_file_is_there_once(sandbox: &Sandbox) -> Result<()> {
         .map(|class| Ok(fs::metadata(node.artifacts.join(class).join("kata.img"))?.ino()))
         .collect::<Result<_>>()?;
     ensure!(inodes[0] == inodes[1], "the image is there twice");
+    Ok(())
+}
+
+fn a_site_without_a_network(sandbox: &Sandbox) -> Result<()> {
+    let node = with_versions(sandbox, 1)?;
+    let original = node.km.expect(&["status", "--output", "json"], 0)?;
+    let file = sandbox.folder("carried")?.join("guest.tar");
+    let file = file.display().to_string();
+    let exported = node.km.expect(&["artifacts", "export", &file], 0)?;
+    ensure!(exported.stdout.contains(MOVING), "{exported}");
+
+    // oras reads both the file and the store's own layout.
+    let layout = node.artifacts.join(".store/oci").display().to_string();
+    let digest = exported.stdout.split(' ').next().unwrap_or_default();
+    for place in [&file, &layout] {
+        let mut oras = std::process::Command::new(sandbox.parts().oras());
+        oras.args([
+            "manifest",
+            "fetch",
+            "--oci-layout",
+            &format!("{place}@{digest}"),
+        ]);
+        let manifest = km_tests_e2e::process::run(&mut oras, Duration::from_secs(20))?.success()?;
+        ensure!(manifest.stdout.contains("vmlinuz"), "{manifest}");
+    }
+
+    // Another site: nothing on the node, and no registry that answers.
+    node.km.expect(&["uninstall"], 0)?;
+    node.proxy.rule("/", Fault::Status(403), u32::MAX);
+    node.refuses(&["apply"], 5, &[MOVING])?;
+    node.km.expect(&["artifacts", "import", &file], 0)?;
+    let applied = node.apply(&[DEMO])?;
+    ensure!(applied.stderr.contains("what is here"), "{applied}");
+    ensure!(kernel(&node)? == 1, "another kernel came out");
+    let again = node.km.expect(&["apply"], 0)?;
+    ensure!(again.stdout.starts_with("Nothing to do"), "{again}");
+    let now = node.km.expect(&["status", "--output", "json"], 0)?;
+    let digest_of = |said: &str| -> Result<Value> {
+        let status: Value = serde_json::from_str(said)?;
+        Ok(status["classes"][0]["manifest"].clone())
+    };
+    ensure!(
+        digest_of(&now.stdout)? == digest_of(&original.stdout)?,
+        "another artifact is live"
+    );
+
+    // A file that was cut or changed on the way brings nothing.
+    let bytes = fs::read(&file)?;
+    node.km.expect(&["uninstall"], 0)?;
+    for (what, bytes) in [
+        ("cut", bytes[..bytes.len() / 2].to_vec()),
+        (
+            "changed",
+            bytes
+                .iter()
+                .enumerate()
+                .map(|(at, byte)| if at == bytes.len() / 2 { !byte } else { *byte })
+                .collect(),
+        ),
+    ] {
+        fs::write(&file, bytes)?;
+        let refused = node.km.expect(&["artifacts", "import", &file], 6);
+        refused.with_context(|| format!("a file that was {what}"))?;
+        node.refuses(&["apply"], 5, &[MOVING])?;
+        node.store_is_whole()?;
+    }
     Ok(())
 }
 
