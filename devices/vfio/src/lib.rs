@@ -4,6 +4,7 @@
 //! - [`users`]: which processes hold a function.
 //! - [`plan`]: what binding and unbinding would do, or why it is refused.
 //! - [`apply`]: doing it, and putting everything back when a step fails.
+//! - [`persist`]: bindings that come back after a reboot.
 //! - [`ids`], [`alias`]: names, and the VFIO driver that fits best.
 //!
 //! Data flows one way: observe, plan, apply, verify. Everything is read below a [`km_host::Root`]. The snapshot is plain
@@ -25,6 +26,7 @@ pub mod apply;
 pub mod ids;
 mod inventory;
 mod observe;
+pub mod persist;
 pub mod plan;
 mod sysfs;
 pub mod topology;

@@ -97,18 +97,24 @@ impl Looked {
     }
 }
 
-/// Plans under the lock, tells the plan or carries it out. `plan` is asked again when the lock is held.
+/// Plans, and tells the plan or carries it out under the lock; `plan` is asked again when the lock is held. `after` is for what
+/// is to be done once the functions are where they should be, moved or not.
 fn change(
     global: &Global,
     which: &Which,
     kind: &str,
     plan: impl Fn(&Root, &Looked) -> std::result::Result<Plan, Vec<Refusal>>,
+    after: impl Fn(&Root, &Plan) -> Result<()>,
 ) -> Result<()> {
     let root = Root::new(&global.host_root)?;
     let make = || -> Result<Plan> { plan(&root, &Looked::at(&root)?).map_err(refused) };
     let mut planned = make()?;
-    if which.dry_run || planned.steps.is_empty() {
+    if which.dry_run {
         return tell(global, kind, &planned, false);
+    }
+    if planned.steps.is_empty() {
+        after(&root, &planned)?;
+        return tell(global, kind, &planned, true);
     }
     let path = root.resolve(&HostPath::new(LOCK)?)?;
     if let Some(folder) = path.parent() {
@@ -122,6 +128,7 @@ fn change(
         }
     };
     apply::apply(&root, &HostKernel::new(&root), &planned, &mut say)?;
+    after(&root, &planned)?;
     tell(global, kind, &planned, true)
 }
 

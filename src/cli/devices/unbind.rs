@@ -1,7 +1,7 @@
 //! `devices unbind`.
 
-use anyhow::Result;
-use km_vfio::plan;
+use anyhow::{Context as _, Result};
+use km_vfio::{persist, plan};
 
 use super::Which;
 use crate::cli::Global;
@@ -18,7 +18,16 @@ pub(super) fn run(global: &Global, arguments: &Arguments) -> Result<()> {
         whole_group: true,
         console: true,
     };
-    super::change(global, &arguments.which, "DevicesUnbound", |_, looked| {
-        plan::unbind(&looked.inventory, &looked.users, &request)
-    })
+    super::change(
+        global,
+        &arguments.which,
+        "DevicesUnbound",
+        |_, looked| plan::unbind(&looked.inventory, &looked.users, &request),
+        |root, plan| {
+            let rules = plan.functions.iter().map(|address| (*address, None));
+            persist::update(root, &rules.collect())
+                .context("the devices are given back, and will be bound again after a reboot")?;
+            Ok(())
+        },
+    )
 }
