@@ -43,6 +43,9 @@ pub(crate) struct Config {
     /// How registries are reached.
     #[serde(default)]
     pub(crate) registry: Registry,
+    /// The signatures that artifacts must have, unless a class says otherwise.
+    #[serde(default)]
+    pub(crate) verify: Verify,
 }
 
 /// A runtime class and what its virtual machines boot.
@@ -117,6 +120,46 @@ pub(crate) struct Artifacts {
     /// A Kubernetes secret with credentials. Without a cluster it is not looked up: use `registry.credentialsFile`.
     #[serde(default)]
     pub(crate) pull_secret: String,
+    /// The signatures that it must have; as the top-level `verify` says when left out.
+    #[serde(default)]
+    pub(crate) verify: Option<Verify>,
+}
+
+/// The signatures that an artifact must have.
+#[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(crate) struct Verify {
+    /// Whether a signature is demanded.
+    pub(crate) policy: VerifyPolicy,
+    /// Files with public keys (PEM): ECDSA P-256, Ed25519 or RSA. A signature by one of them is enough. A class that lists
+    /// none has those of the top-level `verify`.
+    #[serde(default)]
+    #[schemars(with = "Vec<String>")]
+    pub(crate) keys: Vec<HostPath>,
+}
+
+/// Whether a signature is demanded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub(crate) enum VerifyPolicy {
+    /// No: the digest is verified, and nothing else.
+    #[default]
+    None,
+    /// Yes: by one of the keys, as cosign makes it.
+    Key,
+}
+
+impl Config {
+    /// The keys one of which must have signed a class's artifact, and the setting that they are from; `None` when no
+    /// signature is demanded.
+    pub(crate) fn signing_keys<'a>(&'a self, own: Option<&'a Verify>) -> Option<&'a [HostPath]> {
+        let verify = own.unwrap_or(&self.verify);
+        match verify.policy {
+            VerifyPolicy::None => None,
+            VerifyPolicy::Key if verify.keys.is_empty() => Some(&self.verify.keys),
+            VerifyPolicy::Key => Some(&verify.keys),
+        }
+    }
 }
 
 /// A reference as the user wrote it, and what it means.
@@ -467,7 +510,16 @@ fn check(text: &str, config: &Config) -> Result<(), Failure> {
     let bad = |message: String| Err(Failure::new(Kind::Configuration, message));
     let mut names = BTreeSet::new();
     let mut handlers = BTreeMap::new();
+    check_verify(config, None, "verify")?;
     for class in &config.runtime_classes {
+        let own = class.artifacts.as_ref();
+        if let Some(own) = own.and_then(|artifacts| artifacts.verify.as_ref()) {
+            check_verify(
+                config,
+                Some(own),
+                &format!("artifacts.verify of the class {:?}", class.name),
+            )?;
+        }
         let name = &class.name;
         if let Err(error) = km_artifacts::check_class(name) {
             return Err(Failure::because(
@@ -499,6 +551,23 @@ fn check(text: &str, config: &Config) -> Result<(), Failure> {
         return bad("containerd.restart.mode is \"command\", and containerd.restart.command is empty: give the program and its arguments".to_owned());
     }
     Ok(())
+}
+
+fn check_verify(config: &Config, own: Option<&Verify>, setting: &str) -> Result<(), Failure> {
+    let verify = own.unwrap_or(&config.verify);
+    let problem = match verify.policy {
+        VerifyPolicy::None if own.is_some() && !verify.keys.is_empty() => {
+            "lists keys, and its policy \"none\" asks nobody: set policy to \"key\", or leave the keys out"
+        }
+        VerifyPolicy::Key if config.signing_keys(own).is_some_and(<[_]>::is_empty) => {
+            "has policy \"key\" and no keys: list the files with your public keys"
+        }
+        _ => return Ok(()),
+    };
+    Err(Failure::new(
+        Kind::Configuration,
+        format!("{setting} {problem}"),
+    ))
 }
 
 fn check_kind(text: &str, class: &RuntimeClass) -> Result<(), Failure> {
@@ -620,6 +689,46 @@ runtimeClasses:
         assert!(text.contains("artifacts.url"), "{text}");
         let text = error("runtimeClasses:\n- name: ../x\n  runtimeType: io.containerd.runc.v2\n");
         assert!(text.contains("line 2"), "{text}");
+    }
+
+    #[test]
+    fn a_class_has_its_own_keys_or_everybodys() {
+        let class = |verify: &str| {
+            format!(
+                "runtimeClasses:\n- name: kata-qemu-nvidia-gpu\n  artifacts:\n    url: r.example/a:1\n{verify}"
+            )
+        };
+        let keys = |text: &str| {
+            let config = parse(text).unwrap();
+            let own = config.runtime_classes[0].artifacts.clone().unwrap().verify;
+            let keys = config.signing_keys(own.as_ref());
+            keys.map(|keys| keys.iter().map(ToString::to_string).collect::<Vec<_>>())
+        };
+        let top = "verify: {policy: key, keys: [/etc/top.pub]}\n";
+        assert_eq!(keys(&class("")), None);
+        assert_eq!(keys(&class(top)).unwrap(), ["/etc/top.pub"]);
+        let none = "    verify: {policy: none}\n";
+        assert_eq!(keys(&class(&format!("{none}{top}"))), None);
+        let own = "    verify: {policy: key, keys: [/etc/own.pub]}\n";
+        assert_eq!(
+            keys(&class(&format!("{own}{top}"))).unwrap(),
+            ["/etc/own.pub"]
+        );
+        let inherited = "    verify: {policy: key}\n";
+        let spare = "verify: {policy: none, keys: [/etc/top.pub]}\n";
+        assert_eq!(
+            keys(&class(&format!("{inherited}{spare}"))).unwrap(),
+            ["/etc/top.pub"]
+        );
+        let text = error(&class(inherited));
+        assert!(
+            text.contains("no keys") && text.contains("kata-qemu-nvidia-gpu"),
+            "{text}"
+        );
+        let text = error(&class("    verify: {policy: none, keys: [/k]}\n"));
+        assert!(text.contains("asks nobody"), "{text}");
+        assert!(error("verify: {policy: key}\n").contains("no keys"));
+        assert!(error("verify: {keys: [/k]}\n").contains("policy"));
     }
 
     #[test]

@@ -108,6 +108,7 @@ async fn make_generation(
         SeenArtifact::Wanted {
             reference,
             resolved,
+            verified,
             ..
         },
         Some(artifacts),
@@ -127,8 +128,13 @@ async fn make_generation(
         &Shown::new("fetched"),
     )
     .await?;
+    let index = resolved.index.as_ref();
+    let index = index.map(|(digest, bytes)| (digest, bytes.as_slice()));
+    node.store
+        .keep_signatures(reference, index, &verified.evidence)?;
     let derived = derive(node, seen, &artifact, number)?;
-    let meta = meta(artifacts, seen, resolved.digest.clone());
+    let mut meta = meta(artifacts, seen, resolved.digest.clone());
+    meta.signers.clone_from(&verified.signers);
     node.store
         .create_generation(&seen.class.name, number, &artifact, &derived, meta)?;
     Ok(())

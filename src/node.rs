@@ -1,11 +1,14 @@
 //! The node that a command works on: its root, the configuration, the store, and clients made from them.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use km_artifacts::Store;
+use km_artifacts::reference::Reference;
 use km_artifacts::registry::{Client, ClientOptions, Credentials};
+use km_artifacts::trust::{Policy, PublicKey};
 use km_host::lock::Lock;
 use km_host::{HostPath, Root};
 
@@ -30,6 +33,10 @@ pub(crate) struct Node {
     pub(crate) config_bytes: Vec<u8>,
     flavor: Result<flavor::Kind, String>,
     pub(crate) store: Store,
+    /// What each class demands of its artifact.
+    policies: BTreeMap<String, Policy>,
+    /// What is demanded of an artifact that no class names.
+    policy: Policy,
     /// How long to wait for the lock.
     pub(crate) lock_wait: Duration,
 }
@@ -51,14 +58,18 @@ impl Node {
         let flavor = flavor::settle(&root, &mut config.containerd);
         let store =
             Store::open(&root.resolve(&config.artifacts_dir)?)?.with_blobs_kept(config.keep_blobs);
-        Ok(Node {
+        let mut node = Node {
             root,
             config,
             config_bytes,
             flavor: flavor.map_err(|refused| refused.to_string()),
             store,
+            policies: BTreeMap::new(),
+            policy: Policy::None,
             lock_wait,
-        })
+        };
+        node.read_keys()?;
+        Ok(node)
     }
 
     /// Which distribution's containerd it runs.
@@ -131,6 +142,57 @@ impl Node {
             ..ClientOptions::default()
         };
         Ok(Client::new(options)?)
+    }
+
+    /// What a class demands of its artifact.
+    pub(crate) fn policy(&self, class: &str) -> &Policy {
+        self.policies.get(class).unwrap_or(&self.policy)
+    }
+
+    /// What is demanded of a reference: by every class that has it, or else by the configuration as a whole.
+    pub(crate) fn policies_for(&self, reference: &Reference) -> Vec<&Policy> {
+        let mut policies = Vec::new();
+        for class in &self.config.runtime_classes {
+            let artifacts = class.artifacts.as_ref();
+            if artifacts.is_some_and(|artifacts| artifacts.url.reference == *reference) {
+                policies.push(self.policy(&class.name));
+            }
+        }
+        if policies.is_empty() {
+            policies.push(&self.policy);
+        }
+        policies
+    }
+
+    fn read_keys(&mut self) -> Result<()> {
+        self.policy = self.policy_of("verify.keys", self.config.signing_keys(None))?;
+        for class in &self.config.runtime_classes {
+            let own = class.artifacts.as_ref();
+            let own = own.and_then(|artifacts| artifacts.verify.as_ref());
+            let setting = format!("verify.keys of {}", class.name);
+            let policy = self.policy_of(&setting, self.config.signing_keys(own))?;
+            self.policies.insert(class.name.clone(), policy);
+        }
+        Ok(())
+    }
+
+    fn policy_of(&self, setting: &str, keys: Option<&[HostPath]>) -> Result<Policy> {
+        let Some(paths) = keys else {
+            return Ok(Policy::None);
+        };
+        let mut keys = Vec::new();
+        for path in paths {
+            let pem = self.small_file(setting, path)?;
+            let read = PublicKey::from_pem(&pem).map_err(|error| {
+                Failure::because(
+                    Kind::Configuration,
+                    format!("{path}, which {setting} names, cannot be used"),
+                    error,
+                )
+            })?;
+            keys.extend(read);
+        }
+        Ok(Policy::Keys(keys))
     }
 
     fn small_file(&self, key: &str, path: &HostPath) -> Result<Vec<u8>> {

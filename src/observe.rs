@@ -2,13 +2,14 @@
 
 mod containerd;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
 use km_artifacts::digest::Digest;
 use km_artifacts::reference::Reference;
 use km_artifacts::registry::{Client, Platform, Resolved};
+use km_artifacts::trust::{self, Verified};
 use km_artifacts::{Damage, Generation};
 use km_host::HostPath;
 
@@ -55,6 +56,8 @@ pub(crate) struct SeenClass {
     pub(crate) artifact: SeenArtifact,
     /// See [`wanted::inputs`].
     pub(crate) inputs: Digest,
+    /// The generations whose signatures, as the store has them, are what is demanded now; all where nothing is.
+    pub(crate) trusted: BTreeSet<u64>,
 }
 
 /// What an artifact's reference leads to.
@@ -71,6 +74,8 @@ pub(crate) enum SeenArtifact {
         reference: Reference,
         resolved: Box<Resolved>,
         stored: bool,
+        /// Its signatures, where they are demanded.
+        verified: Box<Verified>,
     },
 }
 
@@ -149,6 +154,24 @@ async fn class(
         }
         result => result?,
     };
+    let mut trusted = BTreeSet::new();
+    for generation in &all {
+        match store.signers(generation, node.policy(&class.name)) {
+            Ok(_) => {
+                trusted.insert(generation.number());
+            }
+            Err(error) if error.is_verification() => {
+                if Some(generation.number()) == live_number {
+                    warnings.push(format!(
+                        "generation {} of {}, which is live, is signed by none of the keys that are trusted now",
+                        generation.number(),
+                        class.name
+                    ));
+                }
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
     let (live, others): (Vec<_>, Vec<_>) = all
         .into_iter()
         .partition(|generation| Some(generation.number()) == live_number);
@@ -173,6 +196,7 @@ async fn class(
         displaces,
         artifact: SeenArtifact::None,
         inputs: wanted::inputs(&node.config, class),
+        trusted,
     };
     if let Some(artifacts) = &class.artifacts {
         if !artifacts.pull_secret.is_empty() {
@@ -215,6 +239,15 @@ fn held(seen: &SeenClass, warnings: &mut Vec<String>) -> Result<Option<SeenArtif
         ));
         return Ok(None);
     }
+    if !seen.trusted.contains(&number) {
+        return Err(Failure::new(
+            Kind::Verification,
+            format!(
+                "{name} is held at generation {number}, which none of the keys that are trusted now has signed: let it go with {release}"
+            ),
+        )
+        .into());
+    }
     warnings.push(format!(
         "{name} is held at generation {number} by rollback; {release} lets apply move it again"
     ));
@@ -238,7 +271,8 @@ async fn artifact(
     let usable = seen
         .live
         .as_ref()
-        .filter(|live| seen.damages.is_empty() && live.manifest.inputs == seen.inputs);
+        .filter(|live| seen.damages.is_empty() && live.manifest.inputs == seen.inputs)
+        .filter(|live| seen.trusted.contains(&live.number()));
     let same = usable.filter(|live| live.manifest.reference == text);
     if same.is_some() && seen.class.update == Update::Never {
         return Ok(SeenArtifact::Live);
@@ -246,7 +280,16 @@ async fn artifact(
     let look_up = |error: anyhow::Error| {
         error.context(format!("cannot look up {text}, the artifact of {name}"))
     };
-    let digest = match digests.of(reference).await {
+    // What never moves keeps its digest when it is to be made again, for a signature or another input.
+    let held = seen
+        .live
+        .as_ref()
+        .filter(|live| seen.class.update == Update::Never && live.manifest.reference == text);
+    let asked = match held {
+        Some(live) => Ok(live.manifest.source.clone()),
+        None => digests.of(reference).await,
+    };
+    let digest = match asked {
         Ok(digest) => digest,
         Err(error) => {
             let error = anyhow::Error::from(error);
@@ -282,12 +325,37 @@ async fn artifact(
         .resolve(&pinned, &Platform::host())
         .await
         .with_context(|| format!("cannot read the manifest of {text}, the artifact of {name}"))?;
+    let verified = verify(node, digests.client, seen, &pinned, &resolved).await?;
     let stored =
         seen.damages.is_empty() && node.store.artifact(&resolved.manifest.digest)?.is_some();
     Ok(SeenArtifact::Wanted {
         reference: pinned,
         resolved: Box::new(resolved),
         stored,
+        verified: Box::new(verified),
+    })
+}
+
+/// Finds the signatures that a class demands, before anything of the artifact is fetched.
+async fn verify(
+    node: &Node,
+    client: &Client,
+    seen: &SeenClass,
+    reference: &Reference,
+    resolved: &Resolved,
+) -> Result<Verified> {
+    let name = &seen.class.name;
+    let Some(keys) = node.policy(name).keys() else {
+        return Ok(Verified::default());
+    };
+    trust::fetch(client, reference, resolved, keys)
+        .await
+        .with_context(|| format!("{name} takes only signed artifacts{}", stays(seen)))
+}
+
+fn stays(seen: &SeenClass) -> String {
+    seen.live.as_ref().map_or_else(String::new, |live| {
+        format!("; generation {} stays live", live.number())
     })
 }
 
@@ -306,15 +374,26 @@ fn imported(node: &Node, seen: &SeenClass, reference: &Reference) -> Result<Opti
         return Ok(None);
     };
     let live = seen.live.as_ref().filter(|live| {
-        live.manifest.manifest == resolved.manifest.digest && live.manifest.inputs == seen.inputs
+        live.manifest.manifest == resolved.manifest.digest
+            && live.manifest.inputs == seen.inputs
+            && seen.trusted.contains(&live.number())
     });
     if live.is_some() && seen.damages.is_empty() {
         return Ok(Some(SeenArtifact::Live));
     }
+    let name = &seen.class.name;
+    let verified = match node.policy(name).keys() {
+        Some(keys) => node
+            .store
+            .verify_resolved(reference, &resolved, keys)
+            .with_context(|| format!("{name} takes only signed artifacts{}", stays(seen)))?,
+        None => Verified::default(),
+    };
     Ok(Some(SeenArtifact::Wanted {
         reference: reference.with_digest(resolved.digest.clone()),
         resolved: Box::new(resolved),
         stored: seen.damages.is_empty(),
+        verified: Box::new(verified),
     }))
 }
 

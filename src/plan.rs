@@ -36,6 +36,9 @@ pub(crate) enum Step {
         class: String,
         number: u64,
         manifest: String,
+        /// The ids of the keys that signed it, where that is demanded.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        signers: Vec<String>,
     },
     /// Point a class at a generation.
     Activate {
@@ -145,8 +148,16 @@ pub(crate) fn make(
     })
 }
 
+/// The keys of signatures, each once.
+pub(crate) fn keys_of(signers: &[km_artifacts::trust::Signer]) -> Vec<String> {
+    let mut keys: Vec<String> = signers.iter().map(|one| one.key.to_string()).collect();
+    keys.sort();
+    keys.dedup();
+    keys
+}
+
 fn plan_class(seen: &SeenClass, steps: &mut Vec<Step>) -> ClassWork {
-    let (reference, resolved, stored) = match &seen.artifact {
+    let (reference, resolved, stored, verified) = match &seen.artifact {
         SeenArtifact::None | SeenArtifact::Live => return ClassWork::Keep,
         SeenArtifact::Held(number) => {
             steps.push(activate(seen, *number));
@@ -156,7 +167,8 @@ fn plan_class(seen: &SeenClass, steps: &mut Vec<Step>) -> ClassWork {
             reference,
             resolved,
             stored,
-        } => (reference, resolved, stored),
+            verified,
+        } => (reference, resolved, stored, verified),
     };
     let class = seen.class.name.clone();
     let manifest = resolved.manifest.digest.to_string();
@@ -177,6 +189,7 @@ fn plan_class(seen: &SeenClass, steps: &mut Vec<Step>) -> ClassWork {
             && generation.manifest.manifest == resolved.manifest.digest
             && generation.manifest.source == resolved.digest
             && generation.manifest.inputs == seen.inputs
+            && seen.trusted.contains(&generation.number())
     };
     let work = match seen.others.iter().rev().find(same) {
         Some(generation) => ClassWork::Reuse(generation.number()),
@@ -187,6 +200,7 @@ fn plan_class(seen: &SeenClass, steps: &mut Vec<Step>) -> ClassWork {
             class: class.clone(),
             number,
             manifest,
+            signers: keys_of(&verified.signers),
         });
     }
     if let ClassWork::Make(to) | ClassWork::Reuse(to) = work {
@@ -243,11 +257,15 @@ impl Step {
                 class,
                 number,
                 manifest,
+                signers,
             } => {
                 writeln!(
                     out,
                     "  + generation {number} of {class}\n      immutable, from {manifest}"
-                )
+                )?;
+                signers
+                    .iter()
+                    .try_for_each(|key| writeln!(out, "      signed by key {key}"))
             }
             Step::Activate {
                 class,

@@ -583,7 +583,7 @@ fn subject(manifest: &[u8]) -> Option<Digest> {
 
 fn is_signature_tag(name: &str) -> bool {
     let tag = name.rsplit(':').next().unwrap_or_default();
-    tag.starts_with("sha256-") && tag.ends_with(".sig")
+    Evidence::of_legacy_tag(tag).is_some()
 }
 
 impl Blobs for Layout {

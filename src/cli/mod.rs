@@ -44,7 +44,7 @@ const EXIT_CODES: &str = "Exit codes:
    3  refused: in use, conflict, something is missing, locked
    4  configuration or usage
    5  registry or network
-   6  verification: digest, hostile content
+   6  verification: digest, signature, hostile content
    7  host: disk, permission
    8  containerd
    9  device

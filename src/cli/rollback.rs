@@ -1,6 +1,6 @@
 //! `rollback`: a class goes back to an earlier generation and stays there.
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use km_artifacts::Generation;
 use serde_json::json;
 
@@ -62,6 +62,9 @@ fn go(global: &Global, node: &Node, class: &str, to: Option<u64>) -> Result<()> 
         )
         .into());
     }
+    node.store
+        .signers(&target, node.policy(class))
+        .with_context(|| format!("{class} takes only signed artifacts, and stays where it is"))?;
     // First what holds it, so that an apply after a kill between the two finishes the rollback.
     journal.update(|record| {
         record.held.insert(class.to_owned(), number);

@@ -1,10 +1,11 @@
 //! Compares a generation with its manifest, cheaply or byte for byte.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{self, Read};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use km_host::{Error as HostError, atomic};
 
@@ -20,6 +21,9 @@ use crate::unpack::path::{RESERVED, parents};
 /// Bytes hashed at once.
 const READ_BUFFER: usize = 1 << 20;
 
+/// The most threads that hash: more than this and the disk is what is waited for.
+const HASH_THREADS: usize = 8;
+
 struct Expected<'a> {
     path: &'a str,
     digest: &'a Digest,
@@ -29,6 +33,31 @@ struct Expected<'a> {
     file: Option<&'a ArtifactFile>,
 }
 
+/// How a file is hashed.
+type Hash<'a> = dyn Fn(&Path, &fs::Metadata, Algorithm) -> Result<Digest> + 'a;
+
+/// A file, and what it is hashed by. Who replaces or writes to it while it is hashed makes it another.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Key {
+    device: u64,
+    inode: u64,
+    modified: (i64, i64),
+    size: u64,
+    algorithm: Algorithm,
+}
+
+impl Key {
+    fn new(meta: &fs::Metadata, algorithm: Algorithm) -> Key {
+        Key {
+            device: meta.dev(),
+            inode: meta.ino(),
+            modified: (meta.mtime(), meta.mtime_nsec()),
+            size: meta.len(),
+            algorithm,
+        }
+    }
+}
+
 impl Store {
     /// What is wrong with a generation. Shallow looks at type, size, mode, inode and time of the last write, and hashes
     /// only what these make doubtful; deep hashes everything.
@@ -36,46 +65,27 @@ impl Store {
     /// # Errors
     /// When the disk fails; a difference is no error.
     pub fn check(&self, generation: &Generation, deep: bool) -> Result<Vec<Damage>> {
-        let mut damages = Vec::new();
-        let manifest = &generation.manifest;
-        let files = manifest.files.iter().map(|stored| Expected {
-            path: &stored.file.path,
-            digest: &stored.file.digest,
-            size: stored.file.size,
-            mode: stored.file.mode(),
-            stamp: stored.stamp,
-            file: Some(&stored.file),
-        });
-        let derived = manifest.derived.iter().map(|stored| Expected {
-            path: &stored.path,
-            digest: &stored.digest,
-            size: stored.size,
-            mode: FILE_MODE,
-            stamp: stored.stamp,
-            file: None,
-        });
-        for expected in files.chain(derived) {
-            let path = generation.dir.join(expected.path);
-            if let Some(problem) = file_problem(&path, &expected, deep)? {
-                damages.push(Damage {
-                    path,
-                    problem,
-                    file: expected.file.cloned(),
-                });
-            }
+        check(generation, deep, &|path, _, algorithm| {
+            hash_file(path, algorithm)
+        })
+    }
+
+    /// What is wrong with each of these generations, with every file hashed: each inode once, on all processors, the largest
+    /// first, since it decides when all are done.
+    ///
+    /// # Errors
+    /// When the disk fails; a difference is no error.
+    pub fn verify(&self, generations: &[Generation]) -> Result<Vec<Vec<Damage>>> {
+        let hashes = hash_all(generations)?;
+        let known = |path: &Path, meta: &fs::Metadata, algorithm| {
+            let known = hashes.get(&Key::new(meta, algorithm));
+            known.map_or_else(|| hash_file(path, algorithm), |digest| Ok(digest.clone()))
+        };
+        let mut all = Vec::new();
+        for generation in generations {
+            all.push(check(generation, true, &known)?);
         }
-        for link in &manifest.links {
-            let path = generation.dir.join(&link.path);
-            if let Some(problem) = link_problem(&path, link)? {
-                damages.push(Damage {
-                    path,
-                    problem,
-                    file: None,
-                });
-            }
-        }
-        unexpected(generation, &mut damages)?;
-        Ok(damages)
+        Ok(all)
     }
 
     /// Drops damaged contents from the store, so that the next pull fetches them again. Generations keep their links: a
@@ -97,7 +107,56 @@ impl Store {
     }
 }
 
-fn file_problem(path: &Path, expected: &Expected<'_>, deep: bool) -> Result<Option<Problem>> {
+/// See [`Store::check`].
+fn check(generation: &Generation, deep: bool, hash: &Hash<'_>) -> Result<Vec<Damage>> {
+    let mut damages = Vec::new();
+    let manifest = &generation.manifest;
+    let files = manifest.files.iter().map(|stored| Expected {
+        path: &stored.file.path,
+        digest: &stored.file.digest,
+        size: stored.file.size,
+        mode: stored.file.mode(),
+        stamp: stored.stamp,
+        file: Some(&stored.file),
+    });
+    let derived = manifest.derived.iter().map(|stored| Expected {
+        path: &stored.path,
+        digest: &stored.digest,
+        size: stored.size,
+        mode: FILE_MODE,
+        stamp: stored.stamp,
+        file: None,
+    });
+    for expected in files.chain(derived) {
+        let path = generation.dir.join(expected.path);
+        if let Some(problem) = file_problem(&path, &expected, deep, hash)? {
+            damages.push(Damage {
+                path,
+                problem,
+                file: expected.file.cloned(),
+            });
+        }
+    }
+    for link in &manifest.links {
+        let path = generation.dir.join(&link.path);
+        if let Some(problem) = link_problem(&path, link)? {
+            damages.push(Damage {
+                path,
+                problem,
+                file: None,
+            });
+        }
+    }
+    unexpected(generation, &mut damages)?;
+    Ok(damages)
+}
+
+fn file_problem(
+    path: &Path,
+    expected: &Expected<'_>,
+    deep: bool,
+    hash: &Hash<'_>,
+) -> Result<Option<Problem>> {
     let Some(meta) = look(path)? else {
         return Ok(Some(Problem::Missing));
     };
@@ -113,7 +172,7 @@ fn file_problem(path: &Path, expected: &Expected<'_>, deep: bool) -> Result<Opti
         }));
     }
     if deep || stamp_of(&meta) != expected.stamp {
-        let got = hash_file(path, expected.digest.algorithm())?;
+        let got = hash(path, &meta, expected.digest.algorithm())?;
         if got != *expected.digest {
             return Ok(Some(Problem::Content {
                 expected: expected.digest.clone(),
@@ -181,6 +240,46 @@ fn unexpected(generation: &Generation, damages: &mut Vec<Damage>) -> Result<()> 
         }
     }
     Ok(())
+}
+
+/// The digest of every file of these generations that is there.
+fn hash_all(generations: &[Generation]) -> Result<BTreeMap<Key, Digest>> {
+    let mut files: BTreeMap<Key, PathBuf> = BTreeMap::new();
+    for generation in generations {
+        let manifest = &generation.manifest;
+        let stored = manifest.files.iter().map(|stored| &stored.file);
+        let stored = stored.map(|file| (&file.path, &file.digest));
+        let derived = manifest.derived.iter().map(|one| (&one.path, &one.digest));
+        for (path, digest) in stored.chain(derived) {
+            let path = generation.dir.join(path);
+            if let Some(meta) = look(&path)?.filter(fs::Metadata::is_file) {
+                files.insert(Key::new(&meta, digest.algorithm()), path);
+            }
+        }
+    }
+    let mut files: Vec<_> = files.into_iter().collect();
+    files.sort_by_key(|(key, _)| std::cmp::Reverse(key.size));
+    let next = AtomicUsize::new(0);
+    let work = || -> Result<Vec<(Key, Digest)>> {
+        let mut done = Vec::new();
+        while let Some((key, path)) = files.get(next.fetch_add(1, Ordering::Relaxed)) {
+            done.push((key.clone(), hash_file(path, key.algorithm)?));
+        }
+        Ok(done)
+    };
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = threads.min(files.len()).min(HASH_THREADS);
+    std::thread::scope(|scope| {
+        let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
+        let mut hashes: BTreeMap<Key, Digest> = work()?.into_iter().collect();
+        for other in others {
+            match other.join() {
+                Ok(done) => hashes.extend(done?),
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        }
+        Ok(hashes)
+    })
 }
 
 /// Hashes a file's content.

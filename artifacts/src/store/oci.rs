@@ -165,7 +165,8 @@ impl Store {
     }
 
     /// What a reference led to when it was last pulled or imported, if all of it is here: what stands in for a registry that
-    /// cannot be reached. `Resolved::digest` is the manifest's.
+    /// cannot be reached. `Resolved::digest` is the
+    /// index's when that is kept for its signature, else the manifest's.
     ///
     /// # Errors
     /// When the disk fails, or the artifact cannot be used.
@@ -190,15 +191,18 @@ impl Store {
             || "application/vnd.oci.image.manifest.v1+json".to_owned(),
             ToString::to_string,
         );
+        let index = self.signed_index(digest)?;
         Ok(Some(Resolved {
-            digest: digest.clone(),
+            digest: index
+                .as_ref()
+                .map_or_else(|| digest.clone(), |(index, _)| index.clone()),
             manifest: Manifest {
                 digest: digest.clone(),
                 media_type,
                 bytes,
                 parsed,
             },
-            index: None,
+            index,
         }))
     }
 

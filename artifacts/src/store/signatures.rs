@@ -20,7 +20,8 @@ use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::generation::{Generation, GenerationManifest};
 use crate::reference::Reference;
-use crate::trust::{self, Evidence, Judgement, PART_MAX, Policy, Signer, Subject};
+use crate::registry::Resolved;
+use crate::trust::{self, Evidence, Judgement, PART_MAX, Policy, Signer, Subject, Verified};
 
 impl Store {
     /// Stores signatures, and `index` if one of them is of it. The lock must be held.
@@ -111,6 +112,52 @@ impl Store {
         })
     }
 
+    /// As [`trust::fetch`], by what the store keeps: no network.
+    ///
+    /// # Errors
+    /// [`Error::Untrusted`] when no signature here counts; the disk's errors.
+    pub fn verify_resolved(
+        &self,
+        reference: &Reference,
+        resolved: &Resolved,
+        keys: &[trust::PublicKey],
+    ) -> Result<Verified> {
+        let subjects = trust::subjects(resolved);
+        let of = subjects.iter().map(|one| one.digest.clone()).collect();
+        let evidence = self.signatures_of(&of)?;
+        let judgement = trust::judge(&evidence, &subjects, keys);
+        if judgement.signers.is_empty() {
+            return Err(trust::untrusted(reference, resolved, keys, judgement));
+        }
+        Ok(Verified {
+            signers: judgement.signers,
+            evidence,
+        })
+    }
+
+    /// The index that is kept because a signature is of it, when it names this manifest.
+    pub(super) fn signed_index(&self, manifest: &Digest) -> Result<Option<(Digest, Vec<u8>)>> {
+        for (digest, size, name) in self.listed()? {
+            if size > PART_MAX {
+                continue;
+            }
+            let tag = name.as_deref().and_then(|name| name.rsplit(':').next());
+            let tagged = tag.and_then(Evidence::of_legacy_tag);
+            let subject = match (tagged, &name) {
+                (Some(of), _) => Some(of),
+                (None, Some(_)) => None,
+                (None, None) => self.manifest_bytes(&digest)?.as_deref().and_then(subject),
+            };
+            if let Some(subject) = subject
+                && let Some(bytes) = self.manifest_bytes(&subject)?
+                && names(&bytes, manifest)
+            {
+                return Ok(Some((subject, bytes)));
+            }
+        }
+        Ok(None)
+    }
+
     fn judge(&self, manifest: &GenerationManifest, keys: &[trust::PublicKey]) -> Result<Judgement> {
         let of = BTreeSet::from([manifest.source.clone(), manifest.manifest.clone()]);
         let mut evidence = self.signatures_of(&of)?;
@@ -159,11 +206,7 @@ impl Store {
         let Some(bytes) = self.manifest_bytes(digest)? else {
             return Ok(None);
         };
-        let manifest: Option<ImageManifest> = serde_json::from_slice(&bytes).ok();
-        let subject: Option<Digest> = manifest
-            .as_ref()
-            .and_then(|manifest| manifest.subject().as_ref())
-            .and_then(|subject| subject.digest().to_string().parse().ok());
+        let subject = subject(&bytes);
         match subject {
             Some(subject) if of.contains(&subject) => self.read_evidence(digest, &subject, None),
             _ => Ok(None),
@@ -218,6 +261,13 @@ impl Store {
         sink.write(bytes)?;
         self.place_blob(sink.finish()?.path(), digest)
     }
+}
+
+/// What a manifest says that it belongs to.
+fn subject(manifest: &[u8]) -> Option<Digest> {
+    let manifest: ImageManifest = serde_json::from_slice(manifest).ok()?;
+    let subject = manifest.subject().as_ref()?;
+    subject.digest().to_string().parse().ok()
 }
 
 /// Whether an index names a manifest.

@@ -62,7 +62,18 @@ pub async fn fetch(
             return Ok(search.verified);
         }
     }
-    Err(Error::Untrusted {
+    let judgement = search.judgement;
+    Err(untrusted(reference, resolved, keys, judgement))
+}
+
+/// The error of an artifact that no trusted key has signed.
+pub(crate) fn untrusted(
+    reference: &Reference,
+    resolved: &Resolved,
+    keys: &[PublicKey],
+    judgement: Judgement,
+) -> Error {
+    Error::Untrusted {
         what: reference.to_string(),
         sign: format!(
             "{}/{}@{}",
@@ -71,8 +82,8 @@ pub async fn fetch(
             resolved.digest
         ),
         keys: keys.iter().map(|key| key.id().clone()).collect(),
-        rejected: search.judgement.rejected,
-    })
+        rejected: judgement.rejected,
+    }
 }
 
 /// What may have been signed: what the reference names, and the manifest that was chosen from it.

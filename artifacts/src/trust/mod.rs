@@ -31,7 +31,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::digest::{Digest, Hasher};
 
-pub use fetch::fetch;
+pub use fetch::{Verified, fetch};
+pub(crate) use fetch::{subjects, untrusted};
 pub use key::{KeyError, PublicKey};
 
 /// The type of a sigstore bundle (sigstore protobuf-specs, sigstore_bundle.proto, "media_type").
@@ -179,6 +180,12 @@ impl Evidence {
     /// The older scheme's tag for the signatures of a digest (cosign, specs/SIGNATURE_SPEC.md, "Discovery").
     pub fn legacy_tag(of: &Digest) -> String {
         format!("{}-{}.sig", of.algorithm(), of.hex())
+    }
+
+    /// The digest that a tag of the older scheme is made of.
+    pub(crate) fn of_legacy_tag(tag: &str) -> Option<Digest> {
+        let (algorithm, hex) = tag.strip_suffix(".sig")?.split_once('-')?;
+        format!("{algorithm}:{hex}").parse().ok()
     }
 
     /// Verifies every signature in here.

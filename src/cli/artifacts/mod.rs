@@ -6,6 +6,7 @@ mod import;
 mod list;
 mod pull;
 mod push;
+mod verify;
 
 use std::path::PathBuf;
 
@@ -29,6 +30,11 @@ pub(super) enum Command {
         /// What to fetch; everything that the configuration names when left out.
         references: Vec<String>,
     },
+    /// Hash what is live again, and check its signatures where they are demanded.
+    Verify {
+        /// The classes; all that are live when left out.
+        classes: Vec<String>,
+    },
     /// List the generations in the store.
     List,
     /// Remove generations that nothing needs.
@@ -44,6 +50,7 @@ pub(super) async fn run(global: &Global, command: &Command) -> Result<()> {
     match command {
         Command::Push { dir, reference } => push::run(global, &node, dir, reference).await,
         Command::Pull { references } => pull::run(global, &node, references).await,
+        Command::Verify { classes } => verify::run(global, &node, classes),
         Command::List => list::run(global, &node),
         Command::Export(arguments) => export::run(global, &node, arguments),
         Command::Import(arguments) => import::run(global, &node, arguments).await,

@@ -1,8 +1,8 @@
 //! `artifacts pull`: what references lead to comes into the store, and nothing is switched.
 
 use anyhow::{Context as _, Result};
-use km_artifacts::Limits;
 use km_artifacts::registry::Platform;
+use km_artifacts::{Limits, trust};
 use serde_json::json;
 
 use super::{Global, parse};
@@ -32,6 +32,17 @@ pub(super) async fn run(global: &Global, node: &Node, references: &[String]) -> 
             .resolve(&reference, &Platform::host())
             .await
             .with_context(|| format!("cannot look up {reference}"))?;
+        let mut evidence = Vec::new();
+        for keys in node
+            .policies_for(&reference)
+            .iter()
+            .filter_map(|policy| policy.keys())
+        {
+            let verified = trust::fetch(&client, &reference, &resolved, keys)
+                .await
+                .with_context(|| format!("{reference} is not pulled"))?;
+            evidence.extend(verified.evidence);
+        }
         let _lock = node.lock()?;
         let artifact = km_artifacts::pull(
             &node.store,
@@ -43,6 +54,9 @@ pub(super) async fn run(global: &Global, node: &Node, references: &[String]) -> 
         )
         .await
         .with_context(|| format!("cannot pull {reference}"))?;
+        let index = resolved.index.as_ref();
+        let index = index.map(|(digest, bytes)| (digest, bytes.as_slice()));
+        node.store.keep_signatures(&reference, index, &evidence)?;
         node.store.end_session()?;
         text.push_str(&format!(
             "{} {reference}: {} files, {}\n",
