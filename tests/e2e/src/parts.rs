@@ -16,6 +16,7 @@ pub const ALL: &[&str] = &[
     "containerd-2.x",
     "tools",
     "oras",
+    "cosign",
     "qemu",
     "strace",
     "firmware",
@@ -101,6 +102,11 @@ impl Parts {
     /// `oras`.
     pub fn oras(&self) -> PathBuf {
         self.tree("oras", "usr/bin/oras")
+    }
+
+    /// `cosign`.
+    pub fn cosign(&self) -> PathBuf {
+        self.tree("cosign", "usr/bin/cosign")
     }
 
     /// The folder with `containerd`, `ctr` and `containerd-shim-runc-v2` of one group (`containerd-1.6`...).

@@ -10,3 +10,4 @@ pub(crate) mod lifecycle;
 pub(crate) mod lock;
 mod node;
 pub(crate) mod others;
+pub(crate) mod trust;
