@@ -73,7 +73,10 @@ impl std::error::Error for Failure {
 
 /// The kind of an error: the outermost one in its chain that tells.
 pub(crate) fn kind(error: &anyhow::Error) -> Kind {
-    error.chain().find_map(kind_of).unwrap_or(Kind::Bug)
+    // One that was given as a context is found by anyhow alone: the chain shows it as anyhow's own type.
+    let context = error.downcast_ref::<Failure>().map(|failure| failure.kind);
+    let told = || error.chain().find_map(kind_of);
+    context.or_else(told).unwrap_or(Kind::Bug)
 }
 
 fn kind_of(error: &(dyn std::error::Error + 'static)) -> Option<Kind> {
@@ -184,5 +187,29 @@ fn transaction_kind(error: &km_containerd_config::transaction::TransactionError)
         | E::ValidationFailed { .. }
         | E::NotRestored(_)
         | E::RolledBack { .. } => Kind::Containerd,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::Context as _;
+
+    use super::*;
+
+    #[test]
+    fn a_failure_tells_its_kind_wherever_it_stands() {
+        let missing = || std::io::Error::from(std::io::ErrorKind::NotFound);
+        let failure = || Failure::new(Kind::Configuration, "no such file");
+        let plain = anyhow::Error::from(failure());
+        let under = plain.context("while it was read");
+        let context = Err::<(), _>(missing()).with_context(failure).unwrap_err();
+        let both = Err::<(), _>(missing())
+            .context(failure())
+            .context("above")
+            .unwrap_err();
+        for error in [under, context, both] {
+            assert!(matches!(kind(&error), Kind::Configuration), "{error:?}");
+        }
+        assert!(matches!(kind(&anyhow::Error::from(missing())), Kind::Bug));
     }
 }
