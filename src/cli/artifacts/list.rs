@@ -29,6 +29,8 @@ struct Row {
     manifest: String,
     bytes: u64,
     files: usize,
+    /// The ids of the keys whose signatures were verified when it was made.
+    signers: Vec<String>,
 }
 
 pub(super) fn run(global: &Global, node: &Node) -> Result<()> {
@@ -67,6 +69,7 @@ pub(super) fn run(global: &Global, node: &Node) -> Result<()> {
                 manifest: manifest.manifest.to_string(),
                 bytes: manifest.files.iter().map(|file| file.file.size).sum(),
                 files: manifest.files.len() + manifest.derived.len(),
+                signers: crate::plan::keys_of(&manifest.signers),
             });
         }
     }
@@ -97,6 +100,9 @@ fn text(rows: &[Row]) -> String {
             row.reference,
             row.digest.get(..19).unwrap_or(&row.digest)
         ));
+        for signer in &row.signers {
+            out.push_str(&format!("{:<28}     signed by key {signer}\n", ""));
+        }
     }
     out
 }

@@ -10,6 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use km_tests_e2e::containerd::{Options, Version};
 use km_tests_e2e::process::{self, Finished};
+use km_tests_e2e::proxy::Fault;
 use km_tests_e2e::sandbox::Sandbox;
 use km_tests_e2e::suite::Test;
 use serde_json::Value;
@@ -24,6 +25,10 @@ pub(crate) const TESTS: &[Test] = &[
     (
         "a_policy_is_tightened_and_keys_change",
         a_policy_is_tightened_and_keys_change,
+    ),
+    (
+        "signatures_travel_without_a_network",
+        signatures_travel_without_a_network,
     ),
     ("keys_that_cannot_be_used", keys_that_cannot_be_used),
     ("a_changed_file_is_found", a_changed_file_is_found),
@@ -131,6 +136,41 @@ fn fetched_blobs(node: &Node) -> usize {
         .iter()
         .filter(|request| request.path.contains(&vmlinuz))
         .count()
+}
+
+fn signatures_travel_without_a_network(sandbox: &Sandbox) -> Result<()> {
+    let node = demo_node(sandbox)?;
+    let signing = Signing::new(sandbox, &["ours", "theirs"])?;
+    let (repository, digest) = pinned(sandbox, &node, SMALL)?;
+    let reference = format!("{repository}@{digest}");
+    for form in [Form::Bundle, Form::SimpleSigning] {
+        signing.sign("ours", form, &reference)?;
+        demand(&node, SMALL, &[&signing.public("ours")])?;
+        node.apply(&[DEMO])?;
+        let listed = node
+            .km
+            .expect(&["artifacts", "list", "--output", "json"], 0)?;
+        let listed: Value = serde_json::from_str(&listed.stdout)?;
+        let signers = listed["generations"][0]["signers"].as_array();
+        ensure!(
+            signers.is_some_and(|signers| signers.len() == 1),
+            "{listed}"
+        );
+        let file = sandbox.folder("carried")?.join("guest.tar");
+        let file = file.display().to_string();
+        node.km.expect(&["artifacts", "export", &file], 0)?;
+        node.km.expect(&["uninstall"], 0)?;
+        node.proxy.rule("/", Fault::Status(403), u32::MAX);
+        node.km.expect(&["artifacts", "import", &file], 0)?;
+        demand(&node, SMALL, &[&signing.public("theirs")])?;
+        node.refuses(&["apply"], 6, &["none of the trusted keys made it"])?;
+        demand(&node, SMALL, &[&signing.public("ours")])?;
+        node.apply(&[DEMO])?;
+        node.km.expect(&["artifacts", "verify"], 0)?;
+        node.km.expect(&["uninstall"], 0)?;
+        node.proxy.clear();
+    }
+    Ok(())
 }
 
 fn only_the_right_signature_counts(sandbox: &Sandbox) -> Result<()> {
