@@ -1,5 +1,5 @@
 # What people and CI run. Rust (rust-version in Cargo.toml) and root are needed; each target gets its other parts by itself.
-.PHONY: demo test lint unit cli e2e build clean
+.PHONY: demo test lint unit cli e2e fuzz build clean
 .NOTPARALLEL:
 
 TARGET := $(abspath $(or $(CARGO_TARGET_DIR),target))
@@ -29,6 +29,11 @@ cli: build
 e2e: build
 	hack/dumps
 	KM_BIN=$(KM) cargo run --quiet --locked -p km-tests-e2e --bin km-tests-e2e
+
+# Each fuzz target for a few seconds; SECONDS_EACH=600 for longer.
+SECONDS_EACH := 10
+fuzz:
+	hack/fuzz --seconds $(SECONDS_EACH)
 
 # One static program: it runs on any Linux of this architecture, and from an empty container image.
 build:

@@ -1,0 +1,17 @@
+//! An artifact's own Kata configuration, re-rooted: no panic, and the result is TOML.
+#![no_main]
+
+use km_runtimeclasses::{GuestFile, Provider, configuration, find};
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|text: &str| {
+    let provider = Provider {
+        prefix: Provider::DEFAULT_PREFIX.to_owned(),
+    };
+    let kind = find("kata-qemu-nvidia-gpu").expect("a class of the catalogue");
+    let files = ["vmlinuz", "initrd.img"].map(|path| GuestFile {
+        path: path.to_owned(),
+    });
+    let own = Some(("configuration.toml", text));
+    let _ = configuration(kind, &provider, "/opt/generation/1", &files, own);
+});
