@@ -9,6 +9,8 @@
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::io;
+use std::ops::Range;
+use std::pin::Pin;
 use std::sync::Arc;
 
 use futures_util::stream::{self, TryStreamExt};
@@ -20,8 +22,8 @@ use crate::generation::Artifact;
 use crate::layers::{self, Part, Role};
 use crate::progress::{Item, Progress};
 use crate::reference::Reference;
-use crate::registry::{self, BlobSink, Client, Resolved};
-use crate::store::{FileSink, NamedManifest, Store, blocking, check_space, part_error};
+use crate::registry::{self, BlobPart, BlobParts, BlobSink, Client, Resolved};
+use crate::store::{FileSink, NamedManifest, PartWriter, PartialBlob, Store, blocking, part_error};
 use crate::unpack::{Format, Limits};
 
 /// Layers fetched at the same time.
@@ -92,7 +94,7 @@ impl Blobs for Registry<'_> {
     async fn fetch(&self, digest: &Digest, size: u64, into: &mut Download<'_>) -> Result<()> {
         let fetched = self
             .client
-            .fetch_blob(self.reference, digest, size, into)
+            .fetch_parts(self.reference, digest, size, into)
             .await;
         fetched.map_err(|error| match error {
             // Our own error, which went through the client as an I/O error.
@@ -131,9 +133,10 @@ pub(crate) async fn pull_from(
             bytes: job.size,
         })
         .collect();
-    let needed = items.iter().map(|item| item.bytes).sum();
-    if needed > 0 {
-        check_space(store.dir(), needed)?;
+    let fetched = jobs.iter().filter(|job| job.fetch);
+    let wanted: Vec<_> = fetched.map(|job| (&job.digest, job.size)).collect();
+    if !wanted.is_empty() {
+        store.make_room(&wanted)?;
     }
     progress.begin(&items);
     let workers = Arc::new(Semaphore::new(CONCURRENT));
@@ -173,33 +176,130 @@ fn finish(store: &Store, root: Root<'_>) -> Result<Artifact> {
     Ok(artifact)
 }
 
-/// One blob on its way: counted while it is written to a temporary file.
+/// Streams that fetch one blob at the same time, at the most: each has a buffer, and a registry serves others as well.
+const STREAMS: usize = 8;
+
+/// One blob on its way, counted as its bytes come to be kept. The registry's client writes it in parts; every other source
+/// in order, as a [`BlobSink`].
 pub(crate) struct Download<'a> {
-    sink: FileSink,
+    blob: PartialBlob,
+    digest: Digest,
+    in_order: Option<PartWriter>,
     item: usize,
     progress: &'a dyn Progress,
 }
 
 impl<'a> Download<'a> {
     fn start(store: &Store, job: &Job, progress: &'a dyn Progress) -> Result<Download<'a>> {
+        let blob = PartialBlob::open(store, &job.digest, job.size)?;
+        progress.advance(job.item, blob.kept());
         Ok(Download {
-            sink: FileSink::create(store, "blob", job.size)?,
+            blob,
+            digest: job.digest.clone(),
+            in_order: None,
             item: job.item,
             progress,
+        })
+    }
+
+    fn append(&mut self, bytes: &[u8]) -> Result<()> {
+        if self.in_order.is_none() {
+            if self.blob.kept() > 0 {
+                self.forget()?;
+            }
+            self.in_order = Some(PartWriter::new(0));
+        }
+        if let Some(writer) = &mut self.in_order {
+            let kept = writer.write(&self.blob, bytes)?;
+            self.progress.advance(self.item, kept);
+        }
+        Ok(())
+    }
+
+    fn forget(&self) -> Result<()> {
+        self.progress.restart(self.item);
+        self.blob.restart()
+    }
+
+    /// The blob, whole and with the digest that it should have.
+    async fn finish(mut self) -> Result<PartialBlob> {
+        if let Some(mut writer) = self.in_order.take() {
+            let kept = writer.end(&self.blob)?;
+            self.progress.advance(self.item, kept);
+        }
+        if !self.blob.missing().is_empty() {
+            let error = self.blob.wrong_size(self.blob.kept());
+            self.blob.discard();
+            return Err(error);
+        }
+        let got = self.blob.digest().await?;
+        if got == self.digest {
+            return Ok(self.blob);
+        }
+        self.blob.discard();
+        Err(Error::Digest {
+            what: format!("blob {}", self.digest),
+            expected: self.digest,
+            got,
         })
     }
 }
 
 impl BlobSink for Download<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.sink.write(bytes).map_err(io::Error::other)?;
-        self.progress.advance(self.item, bytes.len() as u64);
-        Ok(())
+        self.append(bytes).map_err(io::Error::other)
     }
 
     fn restart(&mut self) -> io::Result<()> {
-        self.progress.restart(self.item);
-        self.sink.restart().map_err(io::Error::other)
+        self.in_order = None;
+        self.forget().map_err(io::Error::other)
+    }
+}
+
+impl BlobParts for Download<'_> {
+    fn missing(&self) -> Vec<Range<u64>> {
+        self.blob.missing()
+    }
+
+    fn part(&self, offset: u64) -> Box<dyn BlobPart + Send + '_> {
+        Box::new(DownloadPart {
+            of: self,
+            writer: PartWriter::new(offset),
+        })
+    }
+
+    fn digest(&self) -> Pin<Box<dyn Future<Output = io::Result<Digest>> + Send + '_>> {
+        Box::pin(async { self.blob.digest().await.map_err(io::Error::other) })
+    }
+
+    fn restart(&self) -> io::Result<()> {
+        self.forget().map_err(io::Error::other)
+    }
+
+    fn streams(&self) -> usize {
+        STREAMS
+    }
+}
+
+struct DownloadPart<'a> {
+    of: &'a Download<'a>,
+    writer: PartWriter,
+}
+
+impl BlobPart for DownloadPart<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let of = self.of;
+        let kept = self.writer.write(&of.blob, bytes);
+        of.progress
+            .advance(of.item, kept.map_err(io::Error::other)?);
+        Ok(())
+    }
+
+    fn end(&mut self) -> io::Result<()> {
+        let of = self.of;
+        let kept = self.writer.end(&of.blob).map_err(io::Error::other)?;
+        of.progress.advance(of.item, kept);
+        Ok(())
     }
 }
 
@@ -279,17 +379,22 @@ async fn bring(
     let mut fetched = None;
     if fetch {
         let mut download = Download::start(store, &job, progress)?;
-        blobs.fetch(&job.digest, job.size, &mut download).await?;
-        fetched = Some(download.sink);
+        if let Err(error) = blobs.fetch(&job.digest, job.size, &mut download).await {
+            if error.is_verification() {
+                download.blob.discard();
+            }
+            return Err(error);
+        }
+        fetched = Some(download.finish().await?);
     }
     let (store, limits) = (store.clone(), limits.clone());
     // The semaphore is never closed.
     let worker = Arc::clone(workers).acquire_owned().await.ok();
     blocking("storing a layer", move || {
         let _until_done = worker;
-        if let Some(sink) = fetched {
-            let temp = sink.finish()?;
-            store.place_blob(temp.path(), &job.digest)?;
+        if let Some(blob) = fetched {
+            store.place_blob(blob.path(), &job.digest)?;
+            blob.placed();
         }
         settle(&store, &job, &limits)
     })

@@ -369,3 +369,41 @@ async fn progress_adds_up_over_broken_connections() {
     );
     assert_eq!(counter.done.load(Ordering::Relaxed), 3);
 }
+
+#[tokio::test]
+async fn an_artifact_is_laid_out_and_never_over_the_store() {
+    let (dir, store) = store();
+    let first = raw(&[("vmlinuz", b"kernel"), ("share/kata.image", b"image")]);
+    let artifact = run(&store, &first).await.unwrap();
+    store.lay_out(&artifact).unwrap();
+    let image = dir.path().join("share/kata.image");
+    assert_eq!(std::fs::read(&image).unwrap(), b"image");
+    let inode = |path: &std::path::Path| {
+        std::os::unix::fs::MetadataExt::ino(&std::fs::metadata(path).unwrap())
+    };
+    let before = inode(&image);
+    assert_eq!(
+        before,
+        inode(&store.file_path(artifact.file("share/kata.image").unwrap()))
+    );
+    store.lay_out(&artifact).unwrap();
+    assert_eq!(inode(&image), before);
+
+    // What somebody has open of the old one stays as it is.
+    let next = run(&store, &raw(&[("share/kata.image", b"new")]))
+        .await
+        .unwrap();
+    let mut open = std::fs::File::open(&image).unwrap();
+    store.lay_out(&next).unwrap();
+    assert_eq!(std::fs::read(&image).unwrap(), b"new");
+    let mut old = String::new();
+    std::io::Read::read_to_string(&mut open, &mut old).unwrap();
+    assert_eq!(old, "image");
+
+    let evil = run(&store, &raw(&[(".store/state/lock", b"x")]))
+        .await
+        .unwrap();
+    let error = store.lay_out(&evil).unwrap_err();
+    assert!(error.is_verification(), "{error}");
+    assert!(!dir.path().join(".store/state/lock").exists());
+}

@@ -20,6 +20,8 @@ mod dns;
 mod error;
 mod manifest;
 mod options;
+mod pace;
+mod parts;
 mod platform;
 mod push;
 mod referrers;
@@ -42,6 +44,7 @@ pub(crate) use answer::clean;
 pub use credentials::{Credentials, CredentialsError};
 pub use error::Error;
 pub use options::ClientOptions;
+pub use parts::{BlobPart, BlobParts};
 pub use platform::Platform;
 
 /// What this module's functions return.
@@ -151,7 +154,25 @@ impl Client {
         size: u64,
         sink: &mut (dyn BlobSink + Send),
     ) -> Result<()> {
-        self.0.fetch_blob(reference, digest, size, sink).await
+        let parts = parts::InOrder::new(sink, digest, size);
+        self.fetch_parts(reference, digest, size, &parts).await
+    }
+
+    /// Fetches what lacks of a blob of the reference's repository into `parts`. On success nothing lacks and the digest is
+    /// right. It is one stream, which goes on where it broke; where one stream is slow and more are faster there are more, up
+    /// to what `parts` allows. `parts` is called on the task that awaits this.
+    ///
+    /// # Errors
+    /// The registry's and the network's: what `parts` has then is worth keeping, and another call goes on with it, perhaps
+    /// with another registry. [`Error::DigestMismatch`] and [`Error::TooLarge`]: it is worthless. [`Error::Sink`].
+    pub async fn fetch_parts(
+        &self,
+        reference: &Reference,
+        digest: &Digest,
+        size: u64,
+        parts: &(dyn BlobParts + '_),
+    ) -> Result<()> {
+        self.0.fetch_parts(reference, digest, size, parts).await
     }
 
     /// What refers to a digest, of one artifact type: first as the registry's API lists it, then as the fallback tag does.

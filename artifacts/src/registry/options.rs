@@ -29,6 +29,8 @@ pub struct ClientOptions {
     pub user_agent: String,
     /// How often a request is tried when the network or the registry fails for the moment; at least once.
     pub tries: u32,
+    /// The most bytes a second that are received of blobs, over all of them.
+    pub rate_limit: Option<u64>,
 }
 
 impl Default for ClientOptions {
@@ -42,6 +44,7 @@ impl Default for ClientOptions {
             read_timeout: Duration::from_secs(30),
             user_agent: concat!("kata-manager/", env!("CARGO_PKG_VERSION")).to_owned(),
             tries: 3,
+            rate_limit: None,
         }
     }
 }

@@ -16,6 +16,7 @@ use reqwest::{Body, Certificate, Method, Response, StatusCode, Url};
 
 use super::dns::SystemResolver;
 use super::options::{ClientOptions, Endpoint, authority, is_loopback};
+use super::pace::Limiter;
 use super::retry::Failure;
 use super::{Error, Result};
 
@@ -75,6 +76,8 @@ impl Answer {
 #[derive(Debug)]
 pub(super) struct Transport {
     pub(super) options: ClientOptions,
+    /// Holds all blobs together to `options.rate_limit`.
+    pub(super) limiter: Option<Limiter>,
     ca: Vec<Certificate>,
     /// Through the proxy that the environment names.
     proxied: OnceLock<reqwest::Client>,
@@ -86,6 +89,7 @@ impl Transport {
     pub(super) fn new(options: ClientOptions) -> Result<Transport> {
         Ok(Transport {
             ca: certificates(options.ca_pem.as_deref())?,
+            limiter: options.rate_limit.map(Limiter::new),
             options,
             proxied: OnceLock::new(),
             direct: OnceLock::new(),

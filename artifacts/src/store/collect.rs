@@ -139,7 +139,14 @@ impl Store {
                 });
             }
         }
-        for name in ["oci", "unpacked", "files", "generations", "displaced"] {
+        for name in [
+            "oci",
+            "unpacked",
+            "files",
+            "generations",
+            "displaced",
+            "partial",
+        ] {
             self.remove_at_once(&self.under(name))?;
         }
         Ok(atomic::remove_dir_all(&self.under("tmp"))?)

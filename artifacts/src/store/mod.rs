@@ -9,7 +9,8 @@
 //! .store/generations/<class>/<n>/   hard links, derived files, .generation.json
 //! .store/displaced/<class>          what was there under the class's name and is not ours
 //! .store/state/                     lock, journal
-//! .store/tmp/<session>/             everything unfinished; swept when the lock is next taken
+//! .store/partial/                   blobs that were not fetched to their end; the next pull goes on with them
+//! .store/tmp/<session>/             everything else that is unfinished; swept when the lock is next taken
 //! ```
 //!
 //! A final name is only ever given by rename(2), link(2) or symlink(2) to something complete and synced. Writers hold
@@ -19,9 +20,12 @@ mod activate;
 mod check;
 mod collect;
 mod complete;
+mod direct;
 mod generations;
 mod oci;
+mod partial;
 mod place;
+mod ranges;
 mod signatures;
 mod sink;
 mod temp;
@@ -44,7 +48,8 @@ pub(crate) use check::hash_file;
 pub use collect::Unreferenced;
 pub(crate) use complete::{Record, part_error};
 pub(crate) use oci::NamedManifest;
-pub(crate) use sink::{FileSink, check_space};
+pub(crate) use partial::{PartWriter, PartialBlob};
+pub(crate) use sink::FileSink;
 pub(crate) use temp::TempFile;
 
 /// The one folder in `artifactsDir` that is ours besides the classes' symlinks.
@@ -122,6 +127,7 @@ impl Store {
     pub fn lock(&self, wait: Duration) -> std::result::Result<Lock, LockError> {
         let lock = Lock::acquire(&self.state_dir().join("lock"), wait)?;
         self.sweep()?;
+        self.sweep_partial()?;
         Ok(lock)
     }
 

@@ -3,15 +3,16 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 
 use km_host::{Error as HostError, atomic};
 
-use super::{DIR_MODE, Store, TempFile, look};
+use super::{DIR_MODE, STORE, Store, TempFile, look};
 use crate::digest::Digest;
-use crate::error::Result;
-use crate::generation::{EXECUTABLE_MODE, FILE_MODE};
+use crate::error::{Error, Result};
+use crate::generation::{Artifact, EXECUTABLE_MODE, FILE_MODE};
+use crate::unpack::{Refusal, Refused};
 
 /// Up to so many files are synced each on its own; syncfs(2) would wait for everybody's writes as well.
 const SYNC_ONE_BY_ONE: usize = 32;
@@ -92,6 +93,41 @@ impl Store {
         }
     }
 
+    /// Puts an artifact's files and links into the folder that the store was opened with, as further names of what the store
+    /// has. What is there under their names is replaced, each in one step, unless it is the same already; nothing else is
+    /// touched. The lock must be held.
+    ///
+    /// # Errors
+    /// [`Error::Hostile`] when a path lies in the store itself; when the disk fails, or a folder is where a file should be.
+    pub fn lay_out(&self, artifact: &Artifact) -> Result<()> {
+        let paths = artifact.files.iter().map(|file| &file.path);
+        for path in paths.chain(artifact.links.iter().map(|link| &link.path)) {
+            if Path::new(path).starts_with(STORE) {
+                return Err(Error::Hostile {
+                    origin: format!("manifest {}", artifact.manifest),
+                    source: Refused::new(path, Refusal::Reserved),
+                });
+            }
+        }
+        for file in &artifact.files {
+            let (from, to) = (self.file_path(file), self.dir().join(&file.path));
+            if !same(&from, &to)? {
+                self.link_as(&from, &to)?;
+            }
+        }
+        for link in &artifact.links {
+            let to = self.dir().join(&link.path);
+            if fs::read_link(&to).is_ok_and(|target| target == Path::new(&link.target)) {
+                continue;
+            }
+            make_folder_of(&to)?;
+            let staged = self.temp_path("link")?;
+            atomic::symlink(Path::new(&link.target), &staged)?;
+            atomic::rename(&staged, &to)?;
+        }
+        Ok(())
+    }
+
     /// Drops a blob whose content is kept otherwise.
     pub(crate) fn drop_blob(&self, digest: &Digest) -> Result<()> {
         Ok(atomic::remove_file(&self.blob_path(digest))?)
@@ -152,6 +188,13 @@ fn make_folder_of(path: &Path) -> Result<()> {
         atomic::create_dir_all(folder, DIR_MODE)?;
     }
     Ok(())
+}
+
+/// Whether two paths are names of one inode.
+fn same(a: &Path, b: &Path) -> Result<bool> {
+    let inode = |meta: fs::Metadata| (meta.dev(), meta.ino());
+    let (a, b) = (look(a)?.map(inode), look(b)?.map(inode));
+    Ok(a.is_some() && a == b)
 }
 
 fn has(path: &Path, size: u64) -> Result<bool> {

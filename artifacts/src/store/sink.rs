@@ -1,35 +1,22 @@
-//! Writes one stream of known length into a temporary file: space reserved before the first byte, written in large pieces
-//! from pooled buffers, synced at the end.
+//! Writes one stream of known length into a temporary file: space reserved before the first byte, written in large aligned
+//! pieces past the page cache, synced when it is placed.
 //!
-//! Callers see `write` and `finish` only, so that direct I/O, ranges and resuming can come behind them.
+//! It must not know where the bytes come from. Blobs from a registry, which can be taken up again, are in `partial.rs`.
 
-use std::fs::File;
-use std::io::{self, Write};
-use std::path::Path;
-use std::sync::Mutex;
+use std::io;
 
-use km_host::Error as HostError;
-use rustix::fs::FallocateFlags;
-use rustix::io::Errno;
-
+use super::direct::{Buffer, DirectFile};
 use super::{Store, TempFile};
-use crate::error::{Error, Result, free_bytes};
-
-/// Bytes written at once. Recycled: fresh buffers for each stream cost page faults and resident memory.
-const BUFFER: usize = 1 << 20;
-
-/// Buffers that are kept for the next stream; more than run at once are of no use.
-const POOLED: usize = 4;
-
-static POOL: Mutex<Vec<Vec<u8>>> = Mutex::new(Vec::new());
+use crate::error::{Error, Result};
 
 /// A temporary file that is being written; dropping it removes the file.
 #[derive(Debug)]
 pub(crate) struct FileSink {
-    file: File,
+    file: DirectFile,
     temp: TempFile,
-    buffer: Vec<u8>,
+    buffer: Buffer,
     size: u64,
+    /// Bytes on disk; those in the buffer come behind them.
     written: u64,
 }
 
@@ -40,11 +27,12 @@ impl FileSink {
     /// [`Error::DiskFull`] when there is no room; other errors of the disk.
     pub(crate) fn create(store: &Store, what: &str, size: u64) -> Result<FileSink> {
         let (file, temp) = store.temp_file(what)?;
-        reserve(&file, temp.path(), size)?;
+        let file = DirectFile::new(file, temp.path(), size);
+        file.reserve(size)?;
         Ok(FileSink {
             file,
             temp,
-            buffer: take_buffer(),
+            buffer: Buffer::take(),
             size,
             written: 0,
         })
@@ -54,29 +42,19 @@ impl FileSink {
     ///
     /// # Errors
     /// When the disk fails, or when there are more bytes than were announced.
-    pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        self.written += bytes.len() as u64;
-        if self.written > self.size {
-            return Err(self.wrong_size());
+    pub(crate) fn write(&mut self, mut bytes: &[u8]) -> Result<()> {
+        let got = self.taken() + bytes.len() as u64;
+        if got > self.size {
+            return Err(self.wrong_size(got));
         }
-        if self.buffer.len() + bytes.len() > BUFFER {
-            self.flush()?;
+        while !bytes.is_empty() {
+            let taken = self.buffer.fill(bytes);
+            bytes = &bytes[taken..];
+            if self.buffer.is_full() {
+                self.flush()?;
+            }
         }
-        if bytes.len() >= BUFFER {
-            return self.file.write_all(bytes).map_err(|e| self.error(e));
-        }
-        self.buffer.extend_from_slice(bytes);
         Ok(())
-    }
-
-    /// Starts over: what was written is forgotten.
-    ///
-    /// # Errors
-    /// When the disk fails.
-    pub(crate) fn restart(&mut self) -> Result<()> {
-        self.buffer.clear();
-        self.written = 0;
-        io::Seek::rewind(&mut self.file).map_err(|e| self.error(e))
     }
 
     /// Writes what is buffered and hands the file over. It is synced when it is placed under its final name.
@@ -86,86 +64,38 @@ impl FileSink {
     pub(crate) fn finish(mut self) -> Result<TempFile> {
         self.flush()?;
         if self.written != self.size {
-            return Err(self.wrong_size());
+            return Err(self.wrong_size(self.written));
         }
-        give_buffer(std::mem::take(&mut self.buffer));
         Ok(self.temp)
     }
 
-    fn wrong_size(&self) -> Error {
+    fn taken(&self) -> u64 {
+        self.written + self.buffer.filled().len() as u64
+    }
+
+    fn wrong_size(&self, got: u64) -> Error {
         Error::Size {
             path: self.temp.path().to_owned(),
             expected: self.size,
-            got: self.written,
+            got,
         }
     }
 
     fn flush(&mut self) -> Result<()> {
         self.file
-            .write_all(&self.buffer)
-            .map_err(|error| self.error(error))?;
+            .write_at(self.written, self.buffer.filled())
+            .map_err(|error: io::Error| self.file.error("write", self.size, error))?;
+        let taken = self.taken();
         self.buffer.clear();
+        self.written = taken;
         Ok(())
-    }
-
-    fn error(&self, error: io::Error) -> Error {
-        let path = self.temp.path();
-        Error::host_on(parent(path), self.size, HostError::io("write", path)(error))
-    }
-}
-
-/// Reserves space with fallocate(2). A file system that cannot is no reason to stop: the write finds out later.
-fn reserve(file: &File, path: &Path, size: u64) -> Result<()> {
-    if size == 0 {
-        return Ok(());
-    }
-    loop {
-        match rustix::fs::fallocate(file, FallocateFlags::empty(), 0, size) {
-            Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => return Ok(()),
-            Err(Errno::INTR) => {}
-            Err(errno) => {
-                let error = HostError::io("reserve space for", path)(errno);
-                return Err(Error::host_on(parent(path), size, error));
-            }
-        }
-    }
-}
-
-/// Says so when the file system has not enough room for `needed` bytes.
-pub(crate) fn check_space(dir: &Path, needed: u64) -> Result<()> {
-    let free = free_bytes(dir)?;
-    if needed > free {
-        return Err(Error::DiskFull {
-            path: dir.to_owned(),
-            needed,
-            free,
-        });
-    }
-    Ok(())
-}
-
-fn parent(path: &Path) -> &Path {
-    path.parent().unwrap_or(path)
-}
-
-fn take_buffer() -> Vec<u8> {
-    let pooled = POOL.lock().ok().and_then(|mut pool| pool.pop());
-    pooled.unwrap_or_else(|| Vec::with_capacity(BUFFER))
-}
-
-fn give_buffer(mut buffer: Vec<u8>) {
-    buffer.clear();
-    // A poisoned pool only means that the buffer is not recycled.
-    if let Ok(mut pool) = POOL.lock()
-        && pool.len() < POOLED
-    {
-        pool.push(buffer);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::direct::BUFFER;
     use std::fs;
 
     fn store() -> (tempfile::TempDir, Store) {
@@ -178,8 +108,8 @@ mod tests {
     #[test]
     fn pieces_of_every_size_arrive_in_order() {
         let (_dir, store) = store();
-        let bytes: Vec<u8> = (0..3_500_000u32).map(|n| (n % 251) as u8).collect();
-        for piece in [1_000, 70_000, BUFFER, BUFFER + 1, 3_500_000] {
+        let bytes: Vec<u8> = (0..5_500_000u32).map(|n| (n % 251) as u8).collect();
+        for piece in [1_000, 70_000, BUFFER, BUFFER + 1, bytes.len()] {
             let mut sink = FileSink::create(&store, "t", bytes.len() as u64).unwrap();
             for piece in bytes.chunks(piece) {
                 sink.write(piece).unwrap();
@@ -187,16 +117,6 @@ mod tests {
             let temp = sink.finish().unwrap();
             assert!(fs::read(temp.path()).unwrap() == bytes, "{piece}");
         }
-    }
-
-    #[test]
-    fn a_restart_forgets_the_first_attempt() {
-        let (_dir, store) = store();
-        let mut sink = FileSink::create(&store, "t", 6).unwrap();
-        sink.write(b"wrong").unwrap();
-        sink.restart().unwrap();
-        sink.write(b"second").unwrap();
-        assert_eq!(fs::read(sink.finish().unwrap().path()).unwrap(), b"second");
     }
 
     #[test]
@@ -216,16 +136,17 @@ mod tests {
 
     #[test]
     fn a_full_disk_is_told_before_the_first_byte() {
-        let (dir, store) = store();
+        let (_dir, store) = store();
         let huge = 1 << 60;
-        let error = check_space(dir.path(), huge).unwrap_err();
+        let digest = crate::digest::Digest::of(b"huge");
+        let error = store.make_room(&[(&digest, huge)]).unwrap_err();
         assert!(matches!(error, Error::DiskFull { needed, .. } if needed == huge));
         let text = error.to_string();
         assert!(
             text.contains("bytes are needed") && text.contains("artifactsDir"),
             "{text}"
         );
-        check_space(dir.path(), 1).unwrap();
+        store.make_room(&[(&digest, 1)]).unwrap();
         // Past the largest file or the free space: either way an error and no file.
         assert!(FileSink::create(&store, "t", huge).is_err());
         let left: Vec<_> = fs::read_dir(store.under("tmp"))

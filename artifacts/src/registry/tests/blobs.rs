@@ -1,6 +1,9 @@
 //! Blobs: whole, broken, too long, too short, wrong.
 
-use std::sync::LazyLock;
+use std::future::Future;
+use std::ops::Range;
+use std::pin::Pin;
+use std::sync::{LazyLock, Mutex};
 
 use super::*;
 
@@ -279,4 +282,183 @@ async fn whether_a_blob_is_there() {
             .iter()
             .all(|line| line.starts_with("HEAD /v2/team/kata/blobs/sha256:"))
     );
+}
+
+/// Parts in memory.
+struct Parts {
+    bytes: Mutex<(Vec<u8>, Vec<bool>)>,
+    streams: usize,
+}
+
+impl Parts {
+    fn new(size: usize, streams: usize) -> Parts {
+        Parts {
+            bytes: Mutex::new((vec![0; size], vec![false; size])),
+            streams,
+        }
+    }
+
+    fn put(&self, at: usize, bytes: &[u8]) {
+        let mut held = self.bytes.lock().unwrap();
+        held.0[at..at + bytes.len()].copy_from_slice(bytes);
+        held.1[at..at + bytes.len()].fill(true);
+    }
+}
+
+struct Part<'a>(&'a Parts, usize);
+
+impl BlobPart for Part<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.0.put(self.1, bytes);
+        self.1 += bytes.len();
+        Ok(())
+    }
+
+    fn end(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl BlobParts for Parts {
+    fn missing(&self) -> Vec<Range<u64>> {
+        let held = self.bytes.lock().unwrap();
+        let mut missing = Vec::new();
+        let mut at = 0;
+        for run in held.1.chunk_by(|a, b| a == b) {
+            if !run[0] {
+                missing.push(at..at + run.len() as u64);
+            }
+            at += run.len() as u64;
+        }
+        missing
+    }
+
+    fn part(&self, offset: u64) -> Box<dyn BlobPart + Send + '_> {
+        Box::new(Part(self, offset as usize))
+    }
+
+    fn digest(&self) -> Pin<Box<dyn Future<Output = io::Result<Digest>> + Send + '_>> {
+        let digest = Digest::of(&self.bytes.lock().unwrap().0);
+        Box::pin(std::future::ready(Ok(digest)))
+    }
+
+    fn restart(&self) -> io::Result<()> {
+        self.bytes.lock().unwrap().1.fill(false);
+        Ok(())
+    }
+
+    fn streams(&self) -> usize {
+        self.streams
+    }
+}
+
+async fn fetch_parts(server: &Server, blob: &[u8], parts: &Parts) -> Result<()> {
+    let (digest, size) = (Digest::of(blob), blob.len() as u64);
+    let fetched = client()
+        .fetch_parts(&reference(server), &digest, size, parts)
+        .await;
+    assert!(fetched.is_err() || parts.bytes.lock().unwrap().0 == blob);
+    fetched
+}
+
+/// The range that was asked for, and the answer to it from a registry that knows ranges.
+fn ranged(seen: &Seen, blob: &[u8]) -> Reply {
+    let Some(range) = seen.header("range") else {
+        return Reply::ok(blob).header("ETag", "\"strong\"");
+    };
+    let (first, last) = range["bytes=".len()..].split_once('-').unwrap();
+    let (first, last): (usize, usize) = (
+        first.parse().unwrap(),
+        last.parse().unwrap_or(blob.len() - 1),
+    );
+    Reply::new(206)
+        .header("ETag", "\"strong\"")
+        .header(
+            "Content-Range",
+            format!("bytes {first}-{last}/{}", blob.len()),
+        )
+        .body(&blob[first..=last])
+}
+
+#[tokio::test]
+async fn only_what_lacks_is_asked_for() {
+    let server = Server::start(|seen, number| match number {
+        1 => ranged(seen, &BLOB).end(End::Cut(1000)),
+        _ => ranged(seen, &BLOB),
+    })
+    .await;
+    let parts = Parts::new(BLOB.len(), 1);
+    parts.put(0, &BLOB[..1_000_000]);
+    parts.put(2_000_000, &BLOB[2_000_000..2_500_000]);
+    fetch_parts(&server, &BLOB, &parts).await.unwrap();
+    let seen = server.seen();
+    let asked: Vec<_> = seen
+        .iter()
+        .map(|seen| (seen.header("range").unwrap(), seen.header("if-range")))
+        .collect();
+    assert_eq!(
+        asked,
+        [
+            ("bytes=1000000-1999999", None),
+            ("bytes=2500000-", Some("\"strong\"")),
+            ("bytes=2501000-", Some("\"strong\"")),
+        ]
+    );
+}
+
+#[tokio::test]
+async fn parts_of_other_content_are_thrown_away() {
+    let server = Server::start(|seen, _| ranged(seen, &BLOB)).await;
+    let parts = Parts::new(BLOB.len(), 1);
+    parts.put(0, &vec![1; 1_000_000]);
+    fetch_parts(&server, &BLOB, &parts).await.unwrap();
+    let asked: Vec<_> = server.seen().iter().map(start).collect();
+    assert_eq!(asked, [Some(1_000_000), None]);
+}
+
+static LARGE: LazyLock<Vec<u8>> =
+    LazyLock::new(|| (0..40_000_000u32).map(|n| (n % 251) as u8).collect());
+
+#[tokio::test]
+async fn slow_streams_get_company() {
+    let server = Server::start(|seen, _| ranged(seen, &LARGE).end(End::Slow(10_000_000))).await;
+    let parts = Parts::new(LARGE.len(), 4);
+    fetch_parts(&server, &LARGE, &parts).await.unwrap();
+    assert!(server.seen().len() >= 3, "{:?}", server.lines());
+}
+
+#[tokio::test]
+async fn a_registry_that_has_no_ranges_is_left_with_one_stream() {
+    let server = Server::start(|_, _| Reply::ok(LARGE.as_slice()).end(End::Slow(15_000_000))).await;
+    let parts = Parts::new(LARGE.len(), 4);
+    // The first stream was told to end earlier, so the rest is asked for, and comes as a whole.
+    fetch_parts(&server, &LARGE, &parts).await.unwrap();
+    assert!(
+        (2..=3).contains(&server.seen().len()),
+        "{:?}",
+        server.lines()
+    );
+}
+
+#[tokio::test]
+async fn a_limit_is_kept() {
+    let server = Server::start(|seen, _| ranged(seen, &BLOB)).await;
+    let client = Client::new(ClientOptions {
+        rate_limit: Some(6_000_000),
+        ..options()
+    });
+    let started = std::time::Instant::now();
+    let parts = Parts::new(BLOB.len(), 4);
+    client
+        .unwrap()
+        .fetch_parts(
+            &reference(&server),
+            &Digest::of(&BLOB),
+            BLOB.len() as u64,
+            &parts,
+        )
+        .await
+        .unwrap();
+    assert!(started.elapsed() >= Duration::from_millis(450));
+    assert_eq!(server.seen().len(), 1);
 }

@@ -8,6 +8,9 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 
+/// How often a slow body goes on: fifty times a second.
+const SLICE: Duration = Duration::from_millis(20);
+
 /// A request as it arrived.
 #[derive(Clone, Debug)]
 pub(super) struct Seen {
@@ -37,6 +40,8 @@ pub(super) enum End {
     Whole,
     /// The connection closes after so many bytes.
     Cut(usize),
+    /// As announced, at so many bytes a second.
+    Slow(usize),
     /// The same bytes again and again, without an announced length.
     Endless,
     /// Nothing more comes, and the connection stays open.
@@ -228,6 +233,13 @@ async fn answer(stream: &mut (impl AsyncWrite + Unpin), reply: Reply, head: bool
                 stream.write_all(&reply.body[..bytes]).await.ok()?;
                 stream.flush().await.ok()?;
                 tokio::time::sleep(Duration::from_secs(600)).await;
+            }
+            End::Slow(rate) => {
+                let mut tick = tokio::time::interval(SLICE);
+                for piece in reply.body.chunks(rate / 50) {
+                    tick.tick().await;
+                    stream.write_all(piece).await.ok()?;
+                }
             }
             // Until the client has enough.
             End::Endless => loop {
