@@ -365,6 +365,9 @@ pub(crate) enum RestartMode {
     None,
 }
 
+/// The least `registry.rateLimit`: below it a blob takes days, and a stall cannot be told from it.
+pub(crate) const RATE_LIMIT_MIN: u64 = 64 << 10;
+
 /// How registries are reached.
 #[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -383,6 +386,10 @@ pub(crate) struct Registry {
     /// Registries on this machine that do speak TLS.
     #[serde(default)]
     pub(crate) https: Vec<String>,
+    /// The most bytes a second that are received of blobs, at least 65536. No limit when left out.
+    #[serde(default)]
+    #[schemars(range(min = 65536))]
+    pub(crate) rate_limit: Option<u64>,
 }
 
 fn default_artifacts_dir() -> HostPath {
@@ -508,6 +515,13 @@ fn nearest<'a>(written: &str, known: &[&'a str]) -> Option<&'a str> {
 
 fn check(text: &str, config: &Config) -> Result<(), Failure> {
     let bad = |message: String| Err(Failure::new(Kind::Configuration, message));
+    if let Some(rate) = config.registry.rate_limit
+        && rate < RATE_LIMIT_MIN
+    {
+        return bad(format!(
+            "registry.rateLimit is {rate} bytes a second; it must be {RATE_LIMIT_MIN} or more"
+        ));
+    }
     let mut names = BTreeSet::new();
     let mut handlers = BTreeMap::new();
     check_verify(config, None, "verify")?;

@@ -115,6 +115,11 @@ impl Node {
 
     /// A client for the registries.
     pub(crate) fn registry(&self) -> Result<Client> {
+        self.registry_limited(self.config.registry.rate_limit)
+    }
+
+    /// As [`Node::registry`], with another limit in bytes a second.
+    pub(crate) fn registry_limited(&self, rate_limit: Option<u64>) -> Result<Client> {
         let settings = &self.config.registry;
         let credentials = match &settings.credentials_file {
             Some(path) => {
@@ -139,6 +144,7 @@ impl Node {
             credentials,
             plain_http: settings.plain_http.clone(),
             https: settings.https.clone(),
+            rate_limit,
             ..ClientOptions::default()
         };
         Ok(Client::new(options)?)

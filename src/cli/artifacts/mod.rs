@@ -26,10 +26,7 @@ pub(super) enum Command {
         reference: String,
     },
     /// Fetch and verify artifacts into the store, and switch nothing.
-    Pull {
-        /// What to fetch; everything that the configuration names when left out.
-        references: Vec<String>,
-    },
+    Pull(pull::Arguments),
     /// Hash what is live again, and check its signatures where they are demanded.
     Verify {
         /// The classes; all that are live when left out.
@@ -49,7 +46,7 @@ pub(super) async fn run(global: &Global, command: &Command) -> Result<()> {
     let node = global.node()?;
     match command {
         Command::Push { dir, reference } => push::run(global, &node, dir, reference).await,
-        Command::Pull { references } => pull::run(global, &node, references).await,
+        Command::Pull(arguments) => pull::run(global, &node, arguments).await,
         Command::Verify { classes } => verify::run(global, &node, classes),
         Command::List => list::run(global, &node),
         Command::Export(arguments) => export::run(global, &node, arguments),

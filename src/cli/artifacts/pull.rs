@@ -1,16 +1,36 @@
-//! `artifacts pull`: what references lead to comes into the store, and nothing is switched.
+//! `artifacts pull`: what references lead to comes into the store, and nothing is switched; or into a folder of the user's.
+
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
-use km_artifacts::registry::Platform;
-use km_artifacts::{Limits, trust};
+use km_artifacts::digest::Digest;
+use km_artifacts::reference::Reference;
+use km_artifacts::registry::{Client, Platform};
+use km_artifacts::{Artifact, Limits, Store, trust};
 use serde_json::json;
 
 use super::{Global, parse};
+use crate::config::RATE_LIMIT_MIN;
+use crate::failure::{Failure, Kind};
 use crate::node::Node;
 use crate::output;
 use crate::progress::Shown;
 
-pub(super) async fn run(global: &Global, node: &Node, references: &[String]) -> Result<()> {
+/// Fetch and verify artifacts into the store, and switch nothing.
+#[derive(Debug, clap::Args)]
+pub(in crate::cli) struct Arguments {
+    /// What to fetch; everything that the configuration names when left out.
+    references: Vec<String>,
+    /// Put the files of one artifact into this folder, with a store of its own in it; no root is needed.
+    #[arg(long, value_name = "DIR", requires = "references")]
+    to: Option<PathBuf>,
+    /// The most bytes a second to receive, in place of the configuration's registry.rateLimit.
+    #[arg(long, value_name = "BYTES", env = "KATA_MANAGER_RATE_LIMIT", value_parser = clap::value_parser!(u64).range(RATE_LIMIT_MIN..))]
+    rate_limit: Option<u64>,
+}
+
+pub(super) async fn run(global: &Global, node: &Node, arguments: &Arguments) -> Result<()> {
+    let references = &arguments.references;
     let mut wanted = references
         .iter()
         .map(|text| parse(text))
@@ -24,47 +44,30 @@ pub(super) async fn run(global: &Global, node: &Node, references: &[String]) -> 
         wanted.sort();
         wanted.dedup();
     }
-    let client = node.registry()?;
+    let limit = arguments.rate_limit.or(node.config.registry.rate_limit);
+    let client = node.registry_limited(limit)?;
     let mut pulled = Vec::new();
     let mut text = String::new();
-    for reference in wanted {
-        let resolved = client
-            .resolve(&reference, &Platform::host())
-            .await
-            .with_context(|| format!("cannot look up {reference}"))?;
-        let mut evidence = Vec::new();
-        for keys in node
-            .policies_for(&reference)
-            .iter()
-            .filter_map(|policy| policy.keys())
-        {
-            let verified = trust::fetch(&client, &reference, &resolved, keys)
-                .await
-                .with_context(|| format!("{reference} is not pulled"))?;
-            evidence.extend(verified.evidence);
-        }
-        let _lock = node.lock()?;
-        let artifact = km_artifacts::pull(
-            &node.store,
-            &client,
-            &reference,
-            &resolved,
-            &Limits::default(),
-            &Shown::new("fetched"),
+    if let Some(dir) = &arguments.to
+        && wanted.len() > 1
+    {
+        return Err(Failure::new(
+            Kind::Configuration,
+            format!(
+                "--to {} takes one artifact: the files of several would mix",
+                dir.display()
+            ),
         )
-        .await
-        .with_context(|| format!("cannot pull {reference}"))?;
-        let index = resolved.index.as_ref();
-        let index = index.map(|(digest, bytes)| (digest, bytes.as_slice()));
-        node.store.keep_signatures(&reference, index, &evidence)?;
-        node.store.end_session()?;
+        .into());
+    }
+    for reference in wanted {
+        let (digest, artifact) = pull(node, &client, &reference, arguments.to.as_deref()).await?;
         text.push_str(&format!(
-            "{} {reference}: {} files, {}\n",
-            resolved.digest,
+            "{digest} {reference}: {} files, {}\n",
             artifact.files.len(),
             output::bytes(artifact.bytes())
         ));
-        pulled.push(json!({ "reference": reference.to_string(), "digest": resolved.digest, "bytes": artifact.bytes() }));
+        pulled.push(json!({ "reference": reference.to_string(), "digest": digest, "bytes": artifact.bytes() }));
     }
     output::result(
         global.output,
@@ -72,4 +75,52 @@ pub(super) async fn run(global: &Global, node: &Node, references: &[String]) -> 
         json!({ "artifacts": pulled }),
         &text,
     )
+}
+
+/// Returns the digest that the reference leads to, and what is there now.
+async fn pull(
+    node: &Node,
+    client: &Client,
+    reference: &Reference,
+    to: Option<&Path>,
+) -> Result<(Digest, Artifact)> {
+    let resolved = client
+        .resolve(reference, &Platform::host())
+        .await
+        .with_context(|| format!("cannot look up {reference}"))?;
+    let mut evidence = Vec::new();
+    for keys in node
+        .policies_for(reference)
+        .iter()
+        .filter_map(|policy| policy.keys())
+    {
+        let verified = trust::fetch(client, reference, &resolved, keys)
+            .await
+            .with_context(|| format!("{reference} is not pulled"))?;
+        evidence.extend(verified.evidence);
+    }
+    let (limits, shown) = (Limits::default(), Shown::new("fetched"));
+    let (store, _lock) = match to {
+        Some(dir) => {
+            let store = Store::open(dir)?;
+            store.init()?;
+            let lock = store.lock(node.lock_wait)?;
+            (store, (lock, None))
+        }
+        None => {
+            let (lock, journal) = node.lock()?;
+            (node.store.clone(), (lock, Some(journal)))
+        }
+    };
+    let artifact = km_artifacts::pull(&store, client, reference, &resolved, &limits, &shown)
+        .await
+        .with_context(|| format!("cannot pull {reference}"))?;
+    let index = resolved.index.as_ref();
+    let index = index.map(|(digest, bytes)| (digest, bytes.as_slice()));
+    store.keep_signatures(reference, index, &evidence)?;
+    if to.is_some() {
+        store.lay_out(&artifact)?;
+    }
+    store.end_session()?;
+    Ok((resolved.digest, artifact))
 }
