@@ -452,6 +452,14 @@ pub(crate) fn load(path: &Path) -> Result<(Config, Vec<u8>)> {
     Ok((config, bytes))
 }
 
+/// As [`load`]; without a file at the usual place everything is as by default. For work that is not about the node.
+pub(crate) fn load_if_there(path: &Path) -> Result<(Config, Vec<u8>)> {
+    if path == Path::new(DEFAULT_PATH) && matches!(path.try_exists(), Ok(false)) {
+        return Ok((parse("")?, Vec::new()));
+    }
+    load(path)
+}
+
 /// Reads a configuration from its text, and checks what the types cannot say.
 pub(crate) fn parse(text: &str) -> Result<Config> {
     let options = serde_saphyr::options! { with_snippet: false };

@@ -42,15 +42,14 @@ pub(crate) struct Node {
 }
 
 impl Node {
-    /// Reads the configuration and opens what it names; changes nothing.
+    /// Opens what a configuration, as it was read, names; changes nothing.
     pub(crate) fn open(
-        config: &std::path::Path,
+        (mut config, config_bytes): (Config, Vec<u8>),
         root: &std::path::Path,
         lock_wait: Duration,
         flavor: Option<config::Flavor>,
     ) -> Result<Node> {
         let root = Root::new(root)?;
-        let (mut config, config_bytes) = config::load(config)?;
         if let Some(flavor) = flavor {
             config.containerd.flavor = flavor;
         }

@@ -90,8 +90,17 @@ struct Global {
 
 impl Global {
     fn node(&self) -> Result<Node> {
+        self.open(crate::config::load(&self.config)?)
+    }
+
+    /// As [`Global::node`], for work that is not about the node and so needs no configuration.
+    fn node_if_configured(&self) -> Result<Node> {
+        self.open(crate::config::load_if_there(&self.config)?)
+    }
+
+    fn open(&self, config: (crate::config::Config, Vec<u8>)) -> Result<Node> {
         Node::open(
-            &self.config,
+            config,
             &self.host_root,
             Duration::from_secs(self.lock_timeout),
             self.flavor,

@@ -43,7 +43,17 @@ pub(super) enum Command {
 }
 
 pub(super) async fn run(global: &Global, command: &Command) -> Result<()> {
-    let node = global.node()?;
+    // A workstation or a build publishes and fetches, too.
+    let elsewhere = match command {
+        Command::Push { .. } => true,
+        Command::Pull(arguments) => arguments.is_elsewhere(),
+        _ => false,
+    };
+    let node = if elsewhere {
+        global.node_if_configured()?
+    } else {
+        global.node()?
+    };
     match command {
         Command::Push { dir, reference } => push::run(global, &node, dir, reference).await,
         Command::Pull(arguments) => pull::run(global, &node, arguments).await,

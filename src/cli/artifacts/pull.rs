@@ -29,6 +29,13 @@ pub(in crate::cli) struct Arguments {
     rate_limit: Option<u64>,
 }
 
+impl Arguments {
+    /// Whether the files go elsewhere than into the node's store.
+    pub(super) fn is_elsewhere(&self) -> bool {
+        self.to.is_some()
+    }
+}
+
 pub(super) async fn run(global: &Global, node: &Node, arguments: &Arguments) -> Result<()> {
     let references = &arguments.references;
     let mut wanted = references

@@ -41,10 +41,22 @@ pub struct Rule {
     pub times: u32,
 }
 
+/// A header of a response that says something else than the registry did, whatever fault meets the response besides.
+#[derive(Clone, Debug)]
+struct Header {
+    path: String,
+    name: &'static str,
+    value: &'static str,
+    times: u32,
+}
+
 #[derive(Debug, Default)]
 struct State {
     rules: Vec<Rule>,
+    headers: Vec<Header>,
     requests: Vec<Request>,
+    /// Bytes of bodies that went to clients.
+    bytes: u64,
 }
 
 /// A running proxy. Its threads end with the program.
@@ -94,9 +106,26 @@ impl Proxy {
         });
     }
 
+    /// Replaces a header, which the response need not have, in the next responses to requests for `path`.
+    pub fn header(&self, path: &str, name: &'static str, value: &'static str, times: u32) {
+        lock(&self.state).headers.push(Header {
+            path: path.to_owned(),
+            name,
+            value,
+            times,
+        });
+    }
+
     /// Lets everything pass again.
     pub fn clear(&self) {
-        lock(&self.state).rules.clear();
+        let mut state = lock(&self.state);
+        state.rules.clear();
+        state.headers.clear();
+    }
+
+    /// Bytes of responses' bodies that went to clients since the last call.
+    pub fn take_bytes(&self) -> u64 {
+        std::mem::take(&mut lock(&self.state).bytes)
     }
 
     /// The requests since the last call.
@@ -109,8 +138,15 @@ fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
     state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Writes the request down and finds the fault that its response is to suffer.
-fn admit(state: &Mutex<State>, request: Request) -> Option<Fault> {
+/// What a response is to suffer.
+#[derive(Debug)]
+struct Fate {
+    fault: Option<Fault>,
+    headers: Vec<(&'static str, &'static str)>,
+}
+
+/// Writes the request down and finds what its response is to suffer.
+fn admit(state: &Mutex<State>, request: Request) -> Fate {
     let mut state = lock(state);
     let fault = state
         .rules
@@ -120,8 +156,14 @@ fn admit(state: &Mutex<State>, request: Request) -> Option<Fault> {
             rule.times -= 1;
             rule.fault
         });
+    let meets = |header: &&mut Header| header.times > 0 && request.path.contains(&header.path);
+    let headers = state.headers.iter_mut().filter(meets).map(|header| {
+        header.times -= 1;
+        (header.name, header.value)
+    });
+    let headers = headers.collect();
     state.requests.push(request);
-    fault
+    Fate { fault, headers }
 }
 
 fn serve(mut client: &TcpStream, upstream: u16, state: &Mutex<State>) -> io::Result<()> {
@@ -129,19 +171,19 @@ fn serve(mut client: &TcpStream, upstream: u16, state: &Mutex<State>) -> io::Res
     let Some(request) = Request::parse(&head) else {
         return client.write_all(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n");
     };
-    let fault = admit(state, request);
-    if let Some(Fault::Status(code)) = fault {
+    let fate = admit(state, request);
+    if let Some(Fault::Status(code)) = fate.fault {
         let answer =
             format!("HTTP/1.1 {code} Fault\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
         return client.write_all(answer.as_bytes());
     }
     let mut server = TcpStream::connect(("127.0.0.1", upstream))?;
-    server.write_all(closing(&head).as_bytes())?;
+    server.write_all(closing(&head, &[]).as_bytes())?;
     server.write_all(&body_start)?;
     let (mut from, mut to) = (client.try_clone()?, server.try_clone()?);
     // The request's body. It ends when either side closes, which the end of the response brings about.
     let body = thread::spawn(move || drop(io::copy(&mut from, &mut to)));
-    let outcome = respond(client, &server, fault);
+    let outcome = respond(client, &server, &fate, state);
     // Only the reading half of the client's: closing it then tells the client of its end, orderly or by a reset.
     drop(server.shutdown(Shutdown::Both));
     drop(client.shutdown(Shutdown::Read));
@@ -150,54 +192,88 @@ fn serve(mut client: &TcpStream, upstream: u16, state: &Mutex<State>) -> io::Res
 }
 
 /// Passes the response on.
-fn respond(mut client: &TcpStream, server: &TcpStream, fault: Option<Fault>) -> io::Result<()> {
+fn respond(
+    mut client: &TcpStream,
+    server: &TcpStream,
+    fate: &Fate,
+    state: &Mutex<State>,
+) -> io::Result<()> {
     let (mut head, mut body_start) = read_head(&mut &*server)?;
     while head.starts_with("HTTP/1.1 1") {
         client.write_all(head.as_bytes())?; // 100 Continue
         (head, body_start) = read_head(&mut (&body_start[..]).chain(server))?;
     }
-    client.write_all(closing(&head).as_bytes())?;
-    relay(&mut (&body_start[..]).chain(server), client, fault)
+    client.write_all(closing(&head, &fate.headers).as_bytes())?;
+    let mut body = Counted { client, state };
+    relay(&mut (&body_start[..]).chain(server), &mut body, fate.fault)
+}
+
+/// The way to a client, along which bytes are counted.
+struct Counted<'a> {
+    client: &'a TcpStream,
+    state: &'a Mutex<State>,
+}
+
+impl Write for Counted<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.client.write(bytes)?;
+        lock(self.state).bytes += written as u64;
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.client.flush()
+    }
 }
 
 /// Copies a response's body, with its fault.
-fn relay(from: &mut impl Read, mut client: &TcpStream, fault: Option<Fault>) -> io::Result<()> {
-    let mut pass = |limit: u64, client: &mut &TcpStream| io::copy(&mut from.take(limit), client);
+fn relay(from: &mut impl Read, to: &mut Counted<'_>, fault: Option<Fault>) -> io::Result<()> {
+    let mut pass = |limit: u64, to: &mut Counted<'_>| io::copy(&mut from.take(limit), to);
     match fault {
         None | Some(Fault::Status(_)) => {}
         Some(Fault::Truncate(after)) => {
-            pass(after, &mut client)?;
+            pass(after, to)?;
             return Ok(());
         }
         Some(Fault::Reset(after)) => {
-            pass(after, &mut client)?;
+            pass(after, to)?;
             // Closing with a linger of zero sends a reset in place of the orderly end.
-            set_socket_linger(client, Some(Duration::ZERO))?;
+            set_socket_linger(to.client, Some(Duration::ZERO))?;
             return Ok(());
         }
         Some(Fault::Stall(after, pause)) => {
-            pass(after, &mut client)?;
+            pass(after, to)?;
             thread::sleep(pause);
         }
         Some(Fault::Corrupt(at)) => {
-            pass(at, &mut client)?;
+            pass(at, to)?;
             let mut byte = [0];
             if from.read(&mut byte)? == 1 {
-                client.write_all(&[!byte[0]])?;
+                to.write_all(&[!byte[0]])?;
             }
         }
     }
-    io::copy(from, &mut client)?;
+    io::copy(from, to)?;
     Ok(())
 }
 
-/// A head with `Connection: close` in place of what it said about the connection.
-fn closing(head: &str) -> String {
-    let mut kept: Vec<&str> = head
-        .trim_end()
-        .split("\r\n")
-        .filter(|line| !line.to_ascii_lowercase().starts_with("connection:"))
+/// A head with `Connection: close` in place of what it said about the connection, and with other headers in place of its own.
+fn closing(head: &str, headers: &[(&str, &str)]) -> String {
+    let replaced = |line: &str| {
+        let name = line.split(':').next().unwrap_or_default();
+        let is = |other: &str| name.eq_ignore_ascii_case(other);
+        is("connection") || headers.iter().any(|(name, _)| is(name))
+    };
+    let lines = head.trim_end().split("\r\n");
+    let mut kept: Vec<String> = lines
+        .filter(|line| !replaced(line))
+        .map(str::to_owned)
         .collect();
-    kept.push("Connection: close\r\n\r\n");
+    kept.extend(
+        headers
+            .iter()
+            .map(|(name, value)| format!("{name}: {value}")),
+    );
+    kept.push("Connection: close\r\n\r\n".to_owned());
     kept.join("\r\n")
 }

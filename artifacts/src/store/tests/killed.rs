@@ -106,8 +106,9 @@ fn killed_at_any_moment_the_store_is_right() {
     let top = dir.path().join("artifacts");
     fs::create_dir_all(top.join(CLASS)).unwrap();
     fs::write(top.join(CLASS).join("theirs"), b"kept").unwrap();
-    let mut live = 0;
-    for kill in 0..KILLS {
+    let (mut live, mut kill) = (0, 0);
+    // On a busy machine the first activation may come later than all of them.
+    while kill < KILLS || (live == 0 && kill < 4 * KILLS) {
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args([
                 "--exact",
@@ -133,6 +134,7 @@ fn killed_at_any_moment_the_store_is_right() {
         child.kill().unwrap();
         assert_eq!(child.wait().unwrap().signal(), Some(9));
         live += u32::from(examine(&top));
+        kill += 1;
     }
     assert!(live > 0, "no kill came after the first activation");
 }

@@ -10,4 +10,5 @@ pub(crate) mod lifecycle;
 pub(crate) mod lock;
 mod node;
 pub(crate) mod others;
+pub(crate) mod transfer;
 pub(crate) mod trust;
