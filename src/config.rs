@@ -376,6 +376,18 @@ pub(crate) struct Registry {
     #[serde(default)]
     #[schemars(with = "Option<String>")]
     pub(crate) ca_file: Option<HostPath>,
+    /// Our own certificate (PEM), for registries that ask for one.
+    #[serde(default)]
+    #[schemars(with = "Option<String>")]
+    pub(crate) client_certificate_file: Option<HostPath>,
+    /// The key of our own certificate (PEM, unencrypted).
+    #[serde(default)]
+    #[schemars(with = "Option<String>")]
+    pub(crate) client_key_file: Option<HostPath>,
+    /// containerd's folder of `hosts.toml` files, which name mirrors. When left out, `/etc/containerd/certs.d` if it exists.
+    #[serde(default)]
+    #[schemars(with = "Option<String>")]
+    pub(crate) config_path: Option<HostPath>,
     /// Credentials in the form of docker's `config.json`.
     #[serde(default)]
     #[schemars(with = "Option<String>")]
@@ -566,6 +578,11 @@ fn check(text: &str, config: &Config) -> Result<(), Failure> {
             ));
         }
         check_kind(text, class)?;
+    }
+    if config.registry.client_certificate_file.is_some()
+        != config.registry.client_key_file.is_some()
+    {
+        return bad("registry.clientCertificateFile and registry.clientKeyFile belong together: give both or neither".to_owned());
     }
     if config.containerd.restart.mode == RestartMode::Command
         && config.containerd.restart.command.is_empty()

@@ -1,13 +1,15 @@
 //! The node that a command works on: its root, the configuration, the store, and clients made from them.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use km_artifacts::Store;
 use km_artifacts::reference::Reference;
-use km_artifacts::registry::{Client, ClientOptions, Credentials};
+use km_artifacts::registry::{Client, ClientCertificate, ClientOptions, Credentials, HostsDir};
 use km_artifacts::trust::{Policy, PublicKey};
 use km_host::lock::Lock;
 use km_host::{HostPath, Root};
@@ -24,6 +26,13 @@ pub(crate) const ANSWER: Duration = Duration::from_secs(10);
 /// The largest file of certificates or credentials that is read, in bytes.
 const SMALL_FILE: u64 = 4 << 20;
 
+/// containerd's usual folder of `hosts.toml` files (containerd, docs/hosts.md).
+const CONTAINERD_HOSTS: &str = "/etc/containerd/certs.d";
+
+/// The name of the file in a mounted secret of type `kubernetes.io/dockerconfigjson` (kubernetes.io, "Secrets", "Docker config
+/// Secrets").
+const KUBERNETES_SECRET: &str = ".dockerconfigjson";
+
 /// A node.
 #[derive(Debug)]
 pub(crate) struct Node {
@@ -39,6 +48,8 @@ pub(crate) struct Node {
     policy: Policy,
     /// How long to wait for the lock.
     pub(crate) lock_wait: Duration,
+    /// More certificates that are trusted, from the command line.
+    pub(crate) ca_file: Option<PathBuf>,
 }
 
 impl Node {
@@ -66,6 +77,7 @@ impl Node {
             policies: BTreeMap::new(),
             policy: Policy::None,
             lock_wait,
+            ca_file: None,
         };
         node.read_keys()?;
         Ok(node)
@@ -122,24 +134,27 @@ impl Node {
         let settings = &self.config.registry;
         let credentials = match &settings.credentials_file {
             Some(path) => {
-                Credentials::from_docker_config(&self.small_file("registry.credentialsFile", path)?)
-                    .map_err(|error| {
-                        Failure::because(
-                            Kind::Configuration,
-                            format!("registry.credentialsFile {path} cannot be used"),
-                            error,
-                        )
-                    })?
+                let content = self.small_file("registry.credentialsFile", path)?;
+                let secret = path.as_path().file_name() == Some(OsStr::new(KUBERNETES_SECRET));
+                let read = match secret {
+                    true => Credentials::from_kubernetes_secret(&content),
+                    false => Credentials::from_docker_config(&content),
+                };
+                read.map_err(|error| {
+                    Failure::because(
+                        Kind::Configuration,
+                        format!("registry.credentialsFile {path} cannot be used"),
+                        error,
+                    )
+                })?
             }
             None => Credentials::anonymous(),
         };
-        let ca_pem = settings
-            .ca_file
-            .as_ref()
-            .map(|path| self.small_file("registry.caFile", path))
-            .transpose()?;
         let options = ClientOptions {
-            ca_pem,
+            ca_pem: self.trusted()?,
+            client_certificate: self.client_certificate()?,
+            root: Some(Arc::new(Root::new(self.root.path())?)),
+            hosts_dir: self.hosts_dir()?,
             credentials,
             plain_http: settings.plain_http.clone(),
             https: settings.https.clone(),
@@ -200,15 +215,57 @@ impl Node {
         Ok(Policy::Keys(keys))
     }
 
-    fn small_file(&self, key: &str, path: &HostPath) -> Result<Vec<u8>> {
-        let read = || -> Result<Vec<u8>> {
-            use std::io::Read as _;
-            let mut bytes = Vec::new();
-            std::fs::File::open(self.root.resolve(path)?)?
-                .take(SMALL_FILE)
-                .read_to_end(&mut bytes)?;
-            Ok(bytes)
+    /// The certificates that are trusted besides the system's.
+    fn trusted(&self) -> Result<Option<Vec<u8>>> {
+        let mut all = Vec::new();
+        if let Some(path) = &self.config.registry.ca_file {
+            all.push(self.small_file("registry.caFile", path)?);
+        }
+        if let Some(path) = &self.ca_file {
+            all.push(read_small(path).with_context(|| {
+                Failure::new(
+                    Kind::Configuration,
+                    format!("cannot read {}, which --ca-file names", path.display()),
+                )
+            })?);
+        }
+        Ok((!all.is_empty()).then(|| all.join(&b'\n')))
+    }
+
+    fn client_certificate(&self) -> Result<Option<ClientCertificate>> {
+        let settings = &self.config.registry;
+        let (Some(certificate), Some(key)) =
+            (&settings.client_certificate_file, &settings.client_key_file)
+        else {
+            return Ok(None);
         };
+        Ok(Some(ClientCertificate {
+            certificate: self.small_file("registry.clientCertificateFile", certificate)?,
+            key: self.small_file("registry.clientKeyFile", key)?,
+        }))
+    }
+
+    /// The folder of `hosts.toml` files: one that is named must be there and usable; the usual one is containerd's, and what is
+    /// wrong with it is to be no worse for us than for containerd.
+    fn hosts_dir(&self) -> Result<Option<HostsDir>> {
+        let named = self.config.registry.config_path.clone();
+        let strict = named.is_some();
+        let path = match named {
+            Some(path) => path,
+            None => HostPath::new(CONTAINERD_HOSTS)?,
+        };
+        if self.root.resolve(&path)?.is_dir() {
+            return Ok(Some(HostsDir { path, strict }));
+        }
+        if strict {
+            let message = format!("{path}, which registry.configPath names, is not a folder");
+            return Err(Failure::new(Kind::Configuration, message).into());
+        }
+        Ok(None)
+    }
+
+    fn small_file(&self, key: &str, path: &HostPath) -> Result<Vec<u8>> {
+        let read = || read_small(&self.root.resolve(path)?);
         read().with_context(|| {
             Failure::new(
                 Kind::Configuration,
@@ -216,4 +273,14 @@ impl Node {
             )
         })
     }
+}
+
+/// A file of at most [`SMALL_FILE`] bytes; a larger one is cut, and then is not what it should be.
+fn read_small(path: &Path) -> Result<Vec<u8>> {
+    use std::io::Read as _;
+    let mut bytes = Vec::new();
+    std::fs::File::open(path)?
+        .take(SMALL_FILE)
+        .read_to_end(&mut bytes)?;
+    Ok(bytes)
 }

@@ -5,14 +5,14 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
-use rustix::fs::MemfdFlags;
+use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::process::{Pid, PidfdFlags, Signal};
 
 use crate::Root;
@@ -83,36 +83,81 @@ pub fn run<S: AsRef<OsStr>>(
     argv: &[S],
     deadline: Duration,
 ) -> Result<Output, CommandError> {
-    let (program, arguments) = argv.split_first().ok_or(CommandError::Empty)?;
-    let program = program.as_ref();
-    let start = |source| CommandError::Start {
+    let program = program_of(argv)?;
+    let stdout = capture().map_err(start(program))?;
+    let stderr = capture().map_err(start(program))?;
+    let (status, mut stdout, mut stderr) =
+        wait(root, argv, Stdio::null(), stdout, stderr, deadline)?;
+    Ok(Output {
+        status,
+        stdout: captured(&mut stdout).map_err(start(program))?,
+        stderr: captured(&mut stderr).map_err(start(program))?,
+    })
+}
+
+/// As [`run`], with `input` on standard input, and with at most `limit` bytes of output for each stream: the program's
+/// writes beyond that fail. For programs that are not trusted with memory.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_with_input<S: AsRef<OsStr>>(
+    root: &Root,
+    argv: &[S],
+    input: &[u8],
+    limit: u64,
+    deadline: Duration,
+) -> Result<Output, CommandError> {
+    let program = program_of(argv)?;
+    let stdin = filled(input).map_err(start(program))?;
+    let stdout = bounded(limit).map_err(start(program))?;
+    let stderr = bounded(limit).map_err(start(program))?;
+    let (status, mut stdout, mut stderr) =
+        wait(root, argv, stdin.into(), stdout, stderr, deadline)?;
+    Ok(Output {
+        status,
+        stdout: written(&mut stdout).map_err(start(program))?,
+        stderr: written(&mut stderr).map_err(start(program))?,
+    })
+}
+
+fn program_of<S: AsRef<OsStr>>(argv: &[S]) -> Result<&OsStr, CommandError> {
+    argv.first().map(AsRef::as_ref).ok_or(CommandError::Empty)
+}
+
+fn start(program: &OsStr) -> impl Fn(io::Error) -> CommandError {
+    move |source| CommandError::Start {
         program: program.to_owned(),
         source,
-    };
+    }
+}
 
+/// Runs a program until it ends; gives its status and the files with its output.
+fn wait<S: AsRef<OsStr>>(
+    root: &Root,
+    argv: &[S],
+    stdin: Stdio,
+    stdout: File,
+    stderr: File,
+    deadline: Duration,
+) -> Result<(ExitStatus, File, File), CommandError> {
+    let program = program_of(argv)?;
     let mut command = command_in(root, program);
     command
-        .args(arguments)
-        .stdin(Stdio::null())
+        .args(&argv[1..])
+        .stdin(stdin)
+        .stdout(stdout.try_clone().map_err(start(program))?)
+        .stderr(stderr.try_clone().map_err(start(program))?)
         .process_group(0);
-    let (mut stdout, mut stderr) = (capture().map_err(start)?, capture().map_err(start)?);
-    command
-        .stdout(stdout.try_clone().map_err(start)?)
-        .stderr(stderr.try_clone().map_err(start)?);
-    let mut child = command.spawn().map_err(start)?;
-    if !ends_within(&child, deadline).map_err(start)? {
+    let mut child = command.spawn().map_err(start(program))?;
+    if !ends_within(&child, deadline).map_err(start(program))? {
         kill_group(&mut child);
         return Err(CommandError::Deadline {
             program: program.to_owned(),
             deadline,
         });
     }
-    let status = child.wait().map_err(start)?;
-    Ok(Output {
-        status,
-        stdout: captured(&mut stdout).map_err(start)?,
-        stderr: captured(&mut stderr).map_err(start)?,
-    })
+    let status = child.wait().map_err(start(program))?;
+    Ok((status, stdout, stderr))
 }
 
 #[expect(
@@ -161,6 +206,33 @@ fn captured(file: &mut File) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// A file in memory with a program's input.
+fn filled(input: &[u8]) -> io::Result<File> {
+    let mut file = File::from(rustix::fs::memfd_create("input", MemfdFlags::CLOEXEC)?);
+    file.write_all(input)?;
+    file.seek(SeekFrom::Start(0))?;
+    Ok(file)
+}
+
+/// A file in memory that cannot grow beyond `limit` (fcntl(2), `F_SEAL_GROW`). It has that size from the beginning; what is
+/// not written takes no memory.
+fn bounded(limit: u64) -> io::Result<File> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let file = File::from(rustix::fs::memfd_create("output", flags)?);
+    file.set_len(limit)?;
+    rustix::fs::fcntl_add_seals(&file, SealFlags::GROW | SealFlags::SHRINK)?;
+    Ok(file)
+}
+
+/// What was written to a [`bounded`] file: up to the offset, which the program's descriptor shares with ours.
+fn written(file: &mut File) -> io::Result<Vec<u8>> {
+    let length = file.stream_position()?;
+    let mut bytes = Vec::new();
+    file.seek(SeekFrom::Start(0))?;
+    file.take(length).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
 pub(crate) fn ends_within(child: &Child, deadline: Duration) -> io::Result<bool> {
     let pidfd = rustix::process::pidfd_open(pid_of(child)?, PidfdFlags::empty())?;
     let timeout =
@@ -205,6 +277,19 @@ mod tests {
         assert_eq!(output.status.code(), Some(3));
         assert_eq!(output.stdout, b"out\n");
         assert_eq!(output.tail(1), "two");
+    }
+
+    #[test]
+    fn input_arrives_and_output_has_a_bound() {
+        let root = Root::new("/").unwrap();
+        let long = Duration::from_secs(20);
+        let output = run_with_input(&root, &["cat"], b"r.example", 64, long).unwrap();
+        assert!(output.status.success());
+        assert_eq!(output.stdout, b"r.example");
+        let endless = ["sh", "-c", "while echo 0123456789; do :; done"];
+        let output = run_with_input(&root, &endless, b"", 64, long).unwrap();
+        assert!(!output.stdout.is_empty() && output.stdout.len() <= 64);
+        assert!(output.stderr.len() <= 64);
     }
 
     #[test]

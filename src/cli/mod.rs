@@ -21,6 +21,7 @@ use anyhow::{Context as _, Result};
 use clap::{CommandFactory as _, Parser, Subcommand};
 
 use crate::failure::{self, Kind};
+use crate::log;
 use crate::node::Node;
 use crate::output::{self, Format};
 
@@ -86,6 +87,18 @@ struct Global {
         default_value_t = 60
     )]
     lock_timeout: u64,
+    /// Certificates (PEM) of registries' authorities to trust, besides the system's and registry.caFile.
+    #[arg(long, global = true, env = "KATA_MANAGER_CA_FILE", value_name = "FILE")]
+    ca_file: Option<PathBuf>,
+    /// What is said on standard error of what goes on: error, warn, info or debug.
+    #[arg(
+        long,
+        global = true,
+        env = "KATA_MANAGER_LOG",
+        value_name = "LEVEL",
+        default_value = "warn"
+    )]
+    log: tracing::Level,
 }
 
 impl Global {
@@ -99,12 +112,14 @@ impl Global {
     }
 
     fn open(&self, config: (crate::config::Config, Vec<u8>)) -> Result<Node> {
-        Node::open(
+        let mut node = Node::open(
             config,
             &self.host_root,
             Duration::from_secs(self.lock_timeout),
             self.flavor,
-        )
+        )?;
+        node.ca_file.clone_from(&self.ca_file);
+        Ok(node)
     }
 }
 
@@ -160,6 +175,7 @@ pub(crate) fn run(arguments: Vec<OsString>) -> ExitCode {
         }
     };
     let format = cli.global.output;
+    log::start(cli.global.log);
     match runtime().and_then(|runtime| runtime.block_on(dispatch(cli))) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {

@@ -2,11 +2,11 @@
 //!
 //! The protocol is distribution/distribution, docs/content/spec/auth/token.md and oauth.md. Credentials for exactly this
 //! registry are sent with the first request, so that a registry with basic authentication costs no second one; a token is
-//! kept for its registry, repository and access as long as the process runs. Nobody else ever gets credentials than the
-//! registry and, over TLS unless the registry itself has none, the token server that the registry names.
+//! kept for its registry, repository and access as long as the process runs. A server that stands for a registry is one of
+//! its own here: it gets the credentials that are known for its name. Nobody else ever gets credentials than the registry and, over TLS unless the registry itself has none, the token server that the registry names.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderValue, WWW_AUTHENTICATE};
@@ -15,9 +15,11 @@ use serde::Deserialize;
 
 use super::challenge::{self, Challenge};
 use super::credentials::{Credential, Found, Secret};
+use super::helper::Helpers;
 use super::options::{ClientOptions, Endpoint, authority};
+use super::pace::Limiter;
 use super::retry::{Failure, Tries};
-use super::transport::{Answer, Request, Transport};
+use super::transport::{Answer, Request, Transport, Via};
 use super::{Error, Result};
 use crate::reference::Reference;
 
@@ -58,31 +60,15 @@ impl Access {
 #[derive(Clone, Debug)]
 pub(super) struct Target {
     pub(super) endpoint: Endpoint,
+    /// The registry that the reference names.
     registry: String,
+    /// Whose credentials are sent: the same, unless another server stands for it.
+    login: String,
     repository: String,
     access: Access,
 }
 
 impl Target {
-    pub(super) fn new(
-        reference: &Reference,
-        access: Access,
-        options: &ClientOptions,
-    ) -> Result<Target> {
-        let registry = reference.registry();
-        let endpoint = Endpoint::of(registry, options).ok_or_else(|| Error::Protocol {
-            host: registry.to_owned(),
-            action: format!("reach {reference}"),
-            problem: "its name is not usable in a URL".to_owned(),
-        })?;
-        Ok(Target {
-            endpoint,
-            registry: registry.to_owned(),
-            repository: reference.repository().to_owned(),
-            access,
-        })
-    }
-
     pub(super) fn url(&self, rest: &str) -> Url {
         self.endpoint.url(&self.repository, rest)
     }
@@ -143,13 +129,49 @@ struct TokenAnswer {
 pub(super) struct Session {
     pub(super) transport: Transport,
     tokens: Tokens,
+    helpers: Helpers,
 }
 
 impl Session {
     pub(super) fn new(options: ClientOptions) -> Result<Session> {
+        let limiter = options.rate_limit.map(Limiter::new).map(Arc::new);
+        Session::via(options, None, limiter)
+    }
+
+    /// By another way than the registry's own address.
+    pub(super) fn via(
+        options: ClientOptions,
+        via: Option<Via>,
+        limiter: Option<Arc<Limiter>>,
+    ) -> Result<Session> {
         Ok(Session {
-            transport: Transport::new(options)?,
+            transport: Transport::new(options, via, limiter)?,
             tokens: Tokens::default(),
+            helpers: Helpers::default(),
+        })
+    }
+
+    /// A reference's repository, and what is done there.
+    pub(super) fn target(&self, reference: &Reference, access: Access) -> Result<Target> {
+        let registry = reference.registry();
+        let (endpoint, login) = match &self.transport.via {
+            Some(via) => (Some(via.endpoint.clone()), via.endpoint.host()),
+            None => {
+                let own = Endpoint::of(registry, &self.transport.options);
+                (own, registry.to_owned())
+            }
+        };
+        let endpoint = endpoint.ok_or_else(|| Error::Protocol {
+            host: registry.to_owned(),
+            action: format!("reach {reference}"),
+            problem: "its name is not usable in a URL".to_owned(),
+        })?;
+        Ok(Target {
+            endpoint,
+            registry: registry.to_owned(),
+            login,
+            repository: reference.repository().to_owned(),
+            access,
         })
     }
 
@@ -163,7 +185,7 @@ impl Session {
         target: &Target,
         request: &Request<'_>,
     ) -> Result<Answer, Failure> {
-        let first = self.authorization(target);
+        let first = self.authorization(target).await?;
         let answer = self
             .transport
             .send(&target.endpoint, request, first.as_ref())
@@ -219,20 +241,25 @@ impl Session {
 
     fn hint(&self, target: &Target) -> String {
         let credentials = &self.transport.options.credentials;
-        credentials.hint(&target.registry, &target.repository)
+        credentials.hint(&target.login, &target.repository)
     }
 
     /// What is sent without being asked: a token that we have, or name and password.
-    pub(super) fn authorization(&self, target: &Target) -> Option<HeaderValue> {
-        let token = self.tokens.get(&target.key());
-        token.or_else(|| self.credential(target).and_then(basic))
+    pub(super) async fn authorization(&self, target: &Target) -> Result<Option<HeaderValue>> {
+        match self.tokens.get(&target.key()) {
+            Some(token) => Ok(Some(token)),
+            None => Ok(self.credential(target).await?.as_ref().and_then(basic)),
+        }
     }
 
-    fn credential(&self, target: &Target) -> Option<&Credential> {
-        let credentials = &self.transport.options.credentials;
-        match credentials.find(&target.registry, &target.repository) {
-            Found::Credential(_, credential) => Some(credential),
-            Found::Helper(_) | Found::Nothing => None,
+    async fn credential(&self, target: &Target) -> Result<Option<Credential>> {
+        let options = &self.transport.options;
+        match options.credentials.find(&target.login, &target.repository) {
+            Found::Credential(_, credential) => Ok(Some(credential.clone())),
+            Found::Helper { name, server } => {
+                self.helpers.get(options.root.as_ref(), name, &server).await
+            }
+            Found::Nothing => Ok(None),
         }
     }
 
@@ -257,7 +284,7 @@ impl Session {
             return Ok(Some(token));
         }
         let wants_basic = challenges.iter().any(|c| c.scheme == "basic");
-        let basic = self.credential(target).and_then(basic);
+        let basic = self.credential(target).await?.as_ref().and_then(basic);
         Ok(basic.filter(|basic| wants_basic && Some(basic) != sent.as_ref()))
     }
 
@@ -277,7 +304,8 @@ impl Session {
         let realm = realm(challenge, target).map_err(|problem| refuse(host, problem))?;
         let token_host = authority(&realm);
         let action = format!("get a token for {}", target.name());
-        let ask = self.token_request(target, challenge, &realm, &action);
+        let credential = self.credential(target).await?;
+        let ask = token_request(target, challenge, &realm, &action, credential.as_ref());
         // Its own endpoint: no redirect takes the credentials elsewhere.
         let endpoint = Endpoint::at(&realm);
         let sent = self
@@ -322,43 +350,42 @@ impl Session {
         self.tokens.lock().insert(target.key(), token);
         Ok(header)
     }
+}
 
-    /// The request to the token server, and its authorization.
-    fn token_request<'a>(
-        &self,
-        target: &Target,
-        challenge: &Challenge,
-        realm: &Url,
-        action: &'a str,
-    ) -> (Request<'a>, Option<HeaderValue>) {
-        let own = target.access.scope(&target.repository);
-        // The registry's word counts where it knows the repository by another name, as proxies in front of others do.
-        let same = format!("repository:{}:", target.repository);
-        let scope = challenge
-            .param("scope")
-            .filter(|scope| !scope.is_empty() && !scope.starts_with(&same))
-            .unwrap_or(&own);
-        let mut fields = vec![("scope", scope)];
-        if let Some(service) = challenge.param("service") {
-            fields.push(("service", service));
-        }
-        let credential = self.credential(target);
-        let mut url = realm.clone();
-        let what = "its token server";
-        if let Some(Credential::Identity(token)) = credential {
-            fields.extend(identity(token));
-            let mut request = Request::new(Method::POST, url, action, what);
-            request.body = Some(form(&fields));
-            let kind = HeaderValue::from_static("application/x-www-form-urlencoded");
-            request.headers.insert(CONTENT_TYPE, kind);
-            return (request, None);
-        }
-        url.query_pairs_mut().extend_pairs(fields);
-        let mut request = Request::new(Method::GET, url, action, what);
-        let json = HeaderValue::from_static("application/json");
-        request.headers.insert(ACCEPT, json);
-        (request, credential.and_then(basic))
+/// The request to the token server, and its authorization.
+fn token_request<'a>(
+    target: &Target,
+    challenge: &Challenge,
+    realm: &Url,
+    action: &'a str,
+    credential: Option<&Credential>,
+) -> (Request<'a>, Option<HeaderValue>) {
+    let own = target.access.scope(&target.repository);
+    // The registry's word counts where it knows the repository by another name, as proxies in front of others do.
+    let same = format!("repository:{}:", target.repository);
+    let scope = challenge
+        .param("scope")
+        .filter(|scope| !scope.is_empty() && !scope.starts_with(&same))
+        .unwrap_or(&own);
+    let mut fields = vec![("scope", scope)];
+    if let Some(service) = challenge.param("service") {
+        fields.push(("service", service));
     }
+    let mut url = realm.clone();
+    let what = "its token server";
+    if let Some(Credential::Identity(token)) = credential {
+        fields.extend(identity(token));
+        let mut request = Request::new(Method::POST, url, action, what);
+        request.body = Some(form(&fields));
+        let kind = HeaderValue::from_static("application/x-www-form-urlencoded");
+        request.headers.insert(CONTENT_TYPE, kind);
+        return (request, None);
+    }
+    url.query_pairs_mut().extend_pairs(fields);
+    let mut request = Request::new(Method::GET, url, action, what);
+    let json = HeaderValue::from_static("application/json");
+    request.headers.insert(ACCEPT, json);
+    (request, credential.and_then(basic))
 }
 
 /// oauth.md, "Refresh token".

@@ -83,7 +83,7 @@ impl Session {
         size: u64,
         parts: &(dyn BlobParts + '_),
     ) -> Result<()> {
-        let target = Target::new(reference, Access::Pull, &self.transport.options)?;
+        let target = self.target(reference, Access::Pull)?;
         let what = format!("blob {digest} of {}", target.name());
         let transfer = Transfer {
             session: self,
@@ -127,7 +127,7 @@ impl Session {
         digest: &Digest,
         access: Access,
     ) -> Result<bool> {
-        let target = Target::new(reference, access, &self.transport.options)?;
+        let target = self.target(reference, access)?;
         let what = format!("blob {digest} of {}", target.name());
         let action = format!("look for {what}");
         let url = target.url(&format!("blobs/{digest}"));

@@ -3,7 +3,7 @@
 //! The same content comes out of a Kubernetes secret of type `kubernetes.io/dockerconfigjson`. Nothing here is ever shown:
 //! Debug output and errors name registries and keys, never values, and not the parser's own message, which quotes them.
 //!
-//! It must not know of files or the network. A credential helper, when we run one, belongs beside [`Source`].
+//! It must not know of files, programs or the network.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -27,6 +27,10 @@ const BASE64: GeneralPurpose = GeneralPurpose::new(
 pub(super) struct Secret(String);
 
 impl Secret {
+    pub(super) fn new(text: String) -> Secret {
+        Secret(text)
+    }
+
     pub(super) fn expose(&self) -> &str {
         &self.0
     }
@@ -74,12 +78,17 @@ enum Source {
 }
 
 /// What is known of a registry.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Found<'a> {
     /// The key and what it holds.
     Credential(&'a str, &'a Credential),
-    /// The file leaves it to this helper.
-    Helper(&'a str),
+    /// The file leaves it to a helper.
+    Helper {
+        /// What follows `docker-credential-` in the program's name.
+        name: &'a str,
+        /// What it is to be asked for.
+        server: String,
+    },
     /// Nothing.
     Nothing,
 }
@@ -162,7 +171,8 @@ impl Credentials {
                 column: error.column(),
             })?;
         let mut entries = BTreeMap::new();
-        for (key, helper) in file.helpers.unwrap_or_default() {
+        let helpers = file.helpers.unwrap_or_default().into_iter();
+        for (key, helper) in helpers.filter(|(_, helper)| !helper.is_empty()) {
             let source = Source::Helper(helper);
             entries.insert(normalise(&key), Entry { key, source });
         }
@@ -177,6 +187,19 @@ impl Credentials {
             entries,
             store: file.store.filter(|store| !store.is_empty()),
         })
+    }
+
+    /// From the content of a Kubernetes secret of type `kubernetes.io/dockerconfigjson`, its key `.dockerconfigjson` decoded.
+    /// Helpers that it names are not used: who may write a secret may not choose programs of this host.
+    ///
+    /// # Errors
+    /// As [`Credentials::from_docker_config`].
+    pub fn from_kubernetes_secret(content: &[u8]) -> Result<Credentials, CredentialsError> {
+        let mut all = Credentials::from_docker_config(content)?;
+        all.store = None;
+        let here = |_: &String, entry: &mut Entry| matches!(entry.source, Source::Here(_));
+        all.entries.retain(here);
+        Ok(all)
     }
 
     /// One name and password for one registry, `host` or `host:port`.
@@ -200,7 +223,10 @@ impl Credentials {
             if let Some(entry) = self.entries.get(key) {
                 return match &entry.source {
                     Source::Here(credential) => Found::Credential(&entry.key, credential),
-                    Source::Helper(name) => Found::Helper(name),
+                    Source::Helper(name) => Found::Helper {
+                        name,
+                        server: entry.key.clone(),
+                    },
                 };
             }
             match key.rsplit_once('/') {
@@ -208,27 +234,38 @@ impl Credentials {
                 None => break,
             }
         }
-        self.store.as_deref().map_or(Found::Nothing, Found::Helper)
+        match &self.store {
+            Some(name) => Found::Helper {
+                name,
+                server: usual_key(registry).to_owned(),
+            },
+            None => Found::Nothing,
+        }
     }
 
     /// What a person may do when this repository's registry wants other credentials. Begins in the middle of a sentence.
     pub(super) fn hint(&self, registry: &str, repository: &str) -> String {
-        let key = if normalise(registry) == "docker.io" {
-            DOCKER_HUB_KEY
-        } else {
-            registry
-        };
+        let key = usual_key(registry);
         match self.find(registry, repository) {
             Found::Credential(key, _) => format!(
                 "the credentials under auths.{key:?} were sent; check that they are right, not expired, and allowed to do this"
             ),
-            Found::Helper(name) => format!(
-                "the credentials file leaves this registry to the helper {name:?}, which is not run here; put them under auths.{key:?}"
+            Found::Helper { name, server } => format!(
+                "the credential helper \"docker-credential-{name}\" was asked for {server:?}; check that it knows it, or put credentials under auths.{key:?}"
             ),
             Found::Nothing => format!(
                 "no credentials are known for it; if it needs some, put them under auths.{key:?} in the credentials file, as docker login does"
             ),
         }
+    }
+}
+
+/// The key under which docker itself keeps a registry's credentials.
+fn usual_key(registry: &str) -> &str {
+    if normalise(registry) == "docker.io" {
+        DOCKER_HUB_KEY
+    } else {
+        registry
     }
 }
 
@@ -363,12 +400,28 @@ mod tests {
     #[test]
     fn helpers_are_known_by_name_and_told() {
         let all = parse(r#"{"credsStore":"pass","credHelpers":{"gcr.io":"gcloud"}}"#);
-        assert_eq!(all.find("gcr.io", "a"), Found::Helper("gcloud"));
-        assert_eq!(all.find("quay.io", "a"), Found::Helper("pass"));
-        assert!(all.hint("gcr.io", "a").contains("\"gcloud\""));
+        let helper = |registry: &str| match all.find(registry, "a") {
+            Found::Helper { name, server } => (name.to_owned(), server),
+            other => panic!("{other:?}"),
+        };
+        let expect = |name: &str, server: &str| (name.to_owned(), server.to_owned());
+        assert_eq!(helper("gcr.io"), expect("gcloud", "gcr.io"));
+        assert_eq!(helper("quay.io"), expect("pass", "quay.io"));
+        assert_eq!(helper("docker.io"), expect("pass", DOCKER_HUB_KEY));
+        assert!(all.hint("gcr.io", "a").contains("docker-credential-gcloud"));
         let none = Credentials::anonymous();
         assert!(none.hint("docker.io", "a").contains(DOCKER_HUB_KEY));
         assert!(none.hint("r:5000", "a").contains("auths.\"r:5000\""));
+    }
+
+    #[test]
+    fn a_secret_of_kubernetes_chooses_no_programs() {
+        let json = br#"{"auths":{"r.example":{"username":"bob","password":"x"}},
+            "credsStore":"pass","credHelpers":{"gcr.io":"gcloud"}}"#;
+        let all = Credentials::from_kubernetes_secret(json).unwrap();
+        assert_eq!(user_at(&all, "r.example", "a").unwrap(), "bob:x");
+        assert_eq!(all.find("gcr.io", "a"), Found::Nothing);
+        assert_eq!(all.find("quay.io", "a"), Found::Nothing);
     }
 
     #[test]

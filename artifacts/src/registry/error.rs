@@ -8,7 +8,11 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use km_host::HostPath;
+use km_host::command::CommandError;
+
 use super::Platform;
+use super::hosts::HostsError;
 use crate::digest::Digest;
 
 /// What went wrong.
@@ -190,6 +194,41 @@ pub enum Error {
         /// What the parser said, if it said something.
         source: Option<reqwest::Error>,
     },
+    /// Our own certificate cannot be used.
+    #[error(
+        "the registry client certificate is not usable; it must be a certificate and its own unencrypted private key, both in PEM"
+    )]
+    ClientCertificate {
+        /// What the parser said.
+        source: reqwest::Error,
+    },
+    /// A `hosts.toml`, or a file that it names.
+    #[error(
+        "{path} cannot be used to find out how {registry} is reached{}; correct it as containerd's docs/hosts.md has it",
+        problem.as_deref().map(|problem| format!(": {problem}")).unwrap_or_default()
+    )]
+    Hosts {
+        /// The file, as the host sees it.
+        path: HostPath,
+        /// The registry that was looked up.
+        registry: String,
+        /// What is wrong, unless the cause says it.
+        problem: Option<String>,
+        /// The cause.
+        source: Option<Box<HostsCause>>,
+    },
+    /// A credential helper did not give what it should.
+    #[error("the credential helper {helper:?} gave no credentials for {server:?}: {problem}")]
+    Helper {
+        /// The program's name.
+        helper: String,
+        /// What it was asked for.
+        server: String,
+        /// What went wrong; nothing of what it printed to standard output.
+        problem: String,
+        /// Why it could not be run.
+        source: Option<Box<CommandError>>,
+    },
     /// The HTTP client cannot be made.
     #[error("cannot prepare the HTTP client: {problem}")]
     Setup {
@@ -252,7 +291,13 @@ impl Error {
 
     /// Whether our own settings are to blame.
     pub fn is_configuration(&self) -> bool {
-        matches!(self, Error::Ca { .. })
+        matches!(
+            self,
+            Error::Ca { .. }
+                | Error::ClientCertificate { .. }
+                | Error::Hosts { .. }
+                | Error::Helper { .. }
+        )
     }
 
     /// Whether this machine's disk is to blame: the receiver of a blob, or the file to publish.
@@ -262,6 +307,23 @@ impl Error {
             Error::Sink { .. } | Error::Source { .. } | Error::SourceChanged { .. }
         )
     }
+}
+
+/// Why a `hosts.toml` or a file that it names cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum HostsCause {
+    /// Its text.
+    #[error(transparent)]
+    Text(#[from] HostsError),
+    /// It cannot be read.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    /// A certificate that it names.
+    #[error(transparent)]
+    Certificate(Box<Error>),
+    /// It cannot be found.
+    #[error(transparent)]
+    Host(#[from] km_host::Error),
 }
 
 fn detail(reason: &str) -> String {

@@ -76,7 +76,7 @@ impl Session {
         if let Some(pinned) = reference.digest() {
             return Ok(pinned.clone());
         }
-        let target = Target::new(reference, Access::Pull, &self.transport.options)?;
+        let target = self.target(reference, Access::Pull)?;
         let action = format!("read the digest of {reference}");
         let what = reference.to_string();
         let url = target.url(&format!("manifests/{}", name(reference)));
@@ -98,7 +98,7 @@ impl Session {
         reference: &Reference,
         platform: &Platform,
     ) -> Result<Resolved> {
-        let target = Target::new(reference, Access::Pull, &self.transport.options)?;
+        let target = self.target(reference, Access::Pull)?;
         let first = self
             .fetch(&target, reference, reference, MANIFEST_MAX)
             .await?;

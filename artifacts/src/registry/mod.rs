@@ -9,7 +9,9 @@
 //! What a registry sends is hostile until it is verified: sizes are bounded, digests checked, texts cleaned before they
 //! are shown, credentials sent only to the registry that they are for and the token server that it names.
 //!
-//! It must not know of stores, classes or configuration files.
+//! Mirrors are those of containerd's `hosts.toml` files; see `mirrors`. They are tried in turn, around everything else.
+//!
+//! It must not know of stores, classes or our own configuration file.
 
 mod answer;
 mod authorize;
@@ -18,7 +20,10 @@ mod challenge;
 mod credentials;
 mod dns;
 mod error;
+mod helper;
+mod hosts;
 mod manifest;
+mod mirrors;
 mod options;
 mod pace;
 mod parts;
@@ -26,6 +31,7 @@ mod platform;
 mod push;
 mod referrers;
 mod retry;
+mod tls;
 mod transport;
 
 #[cfg(test)]
@@ -38,12 +44,14 @@ use oci_spec::image::ImageManifest;
 
 use crate::digest::Digest;
 use crate::reference::Reference;
-use authorize::{Access, Session};
+use authorize::Access;
+use mirrors::{Mirrors, Need, Walk};
 
 pub(crate) use answer::clean;
 pub use credentials::{Credentials, CredentialsError};
-pub use error::Error;
-pub use options::ClientOptions;
+pub use error::{Error, HostsCause};
+pub use hosts::HostsError;
+pub use options::{ClientCertificate, ClientOptions, HostsDir};
 pub use parts::{BlobPart, BlobParts};
 pub use platform::Platform;
 
@@ -111,15 +119,24 @@ pub enum BlobSource<'a> {
 /// Every function retries what is worth it (`ClientOptions::tries`), waits no longer than the options say for a sign of life,
 /// and names host and reference in its errors. Futures may be dropped at any time.
 #[derive(Debug)]
-pub struct Client(Session);
+pub struct Client(Mirrors);
 
 impl Client {
     /// Makes a client; no request is sent.
     ///
     /// # Errors
-    /// [`Error::Ca`] when the certificates in the options cannot be used.
+    /// [`Error::Ca`] or [`Error::ClientCertificate`] when the certificates in the options cannot be used.
     pub fn new(options: ClientOptions) -> Result<Client> {
-        Session::new(options).map(Client)
+        Mirrors::new(options).map(Client)
+    }
+
+    /// The ways to a reference's registry, for reading what the reference itself names.
+    fn walk(&self, reference: &Reference) -> Result<Walk> {
+        let need = match reference.digest() {
+            Some(_) => Need::Pull,
+            None => Need::Resolve,
+        };
+        self.0.walk(reference.registry(), need)
     }
 
     /// The digest that a reference has now: one request when the registry knows us by name and password, or not at all; two
@@ -128,7 +145,13 @@ impl Client {
     /// # Errors
     /// The registry's and the network's.
     pub async fn digest(&self, reference: &Reference) -> Result<Digest> {
-        self.0.digest(reference).await
+        let mut walk = self.walk(reference)?;
+        loop {
+            match walk.session().digest(reference).await {
+                Ok(digest) => return Ok(digest),
+                Err(error) => walk.on(error)?,
+            }
+        }
     }
 
     /// The image manifest of a reference, verified; if the reference names an index, the one for the platform.
@@ -137,7 +160,13 @@ impl Client {
     /// The registry's and the network's; [`Error::NoPlatform`]; content that does not verify or is not usable
     /// ([`Error::is_verification`]).
     pub async fn resolve(&self, reference: &Reference, platform: &Platform) -> Result<Resolved> {
-        self.0.resolve(reference, platform).await
+        let mut walk = self.walk(reference)?;
+        loop {
+            match walk.session().resolve(reference, platform).await {
+                Ok(resolved) => return Ok(resolved),
+                Err(error) => walk.on(error)?,
+            }
+        }
     }
 
     /// Streams a blob of the reference's repository into `sink`, in order. On success exactly `size` bytes with this digest
@@ -159,8 +188,9 @@ impl Client {
     }
 
     /// Fetches what lacks of a blob of the reference's repository into `parts`. On success nothing lacks and the digest is
-    /// right. It is one stream, which goes on where it broke; where one stream is slow and more are faster there are more, up
-    /// to what `parts` allows. `parts` is called on the task that awaits this.
+    /// right. It is one stream, which goes on where it broke, with another mirror or the registry itself if need be; where one
+    /// stream is slow and more are faster there are more, up to what `parts` allows. `parts` is called on the task that awaits
+    /// this.
     ///
     /// # Errors
     /// The registry's and the network's: what `parts` has then is worth keeping, and another call goes on with it, perhaps
@@ -172,7 +202,23 @@ impl Client {
         size: u64,
         parts: &(dyn BlobParts + '_),
     ) -> Result<()> {
-        self.0.fetch_parts(reference, digest, size, parts).await
+        let mut walk = self.0.walk(reference.registry(), Need::Pull)?;
+        loop {
+            let session = walk.session();
+            let error = match session.fetch_parts(reference, digest, size, parts).await {
+                Ok(()) => return Ok(()),
+                Err(error) => error,
+            };
+            let worthless = error.is_verification();
+            walk.on(error)?;
+            if worthless {
+                let restarted = parts.restart();
+                restarted.map_err(|source| Error::Sink {
+                    what: format!("blob {digest}"),
+                    source,
+                })?;
+            }
+        }
     }
 
     /// What refers to a digest, of one artifact type: first as the registry's API lists it, then as the fallback tag does.
@@ -186,10 +232,22 @@ impl Client {
         digest: &Digest,
         artifact_type: &str,
     ) -> Result<Vec<oci_spec::image::Descriptor>> {
-        let by_api = self.0.referrers(reference, digest, artifact_type).await?;
-        let mut all = by_api.unwrap_or_default();
-        all.extend(self.0.tagged_referrers(reference, digest).await?);
-        Ok(all)
+        let mut walk = self.0.walk(reference.registry(), Need::Resolve)?;
+        loop {
+            let session = walk.session();
+            let asked = async {
+                let by_api = session.referrers(reference, digest, artifact_type).await?;
+                let mut all = by_api.unwrap_or_default();
+                all.extend(session.tagged_referrers(reference, digest).await?);
+                Ok(all)
+            };
+            match asked.await {
+                // A mirror may have the content without what refers to it.
+                Ok(all) if all.is_empty() && walk.skip() => {}
+                Ok(all) => return Ok(all),
+                Err(error) => walk.on(error)?,
+            }
+        }
     }
 
     /// A manifest or index of at most `limit` bytes; `None` when it is not there.
@@ -201,10 +259,17 @@ impl Client {
         reference: &Reference,
         limit: u64,
     ) -> Result<Option<Document>> {
-        match self.0.small(reference, limit).await {
-            Ok(document) => Ok(Some(document)),
-            Err(error) if referrers::is_absent(&error) => Ok(None),
-            Err(error) => Err(error),
+        let mut walk = self.walk(reference)?;
+        loop {
+            match walk.session().small(reference, limit).await {
+                Ok(document) => return Ok(Some(document)),
+                Err(error) if referrers::is_absent(&error) => {
+                    if !walk.skip() {
+                        return Ok(None);
+                    }
+                }
+                Err(error) => walk.on(error)?,
+            }
         }
     }
 
@@ -240,7 +305,9 @@ impl Client {
     /// # Errors
     /// The registry's and the network's.
     pub async fn has_blob(&self, reference: &Reference, digest: &Digest) -> Result<bool> {
-        self.0.has_blob(reference, digest, Access::Push).await
+        let walk = self.0.walk(reference.registry(), Need::Push)?;
+        let session = walk.session();
+        session.has_blob(reference, digest, Access::Push).await
     }
 
     /// Uploads a blob of `size` bytes to the reference's repository. `progress` is told now and then how many bytes have
@@ -256,7 +323,8 @@ impl Client {
         source: BlobSource<'_>,
         progress: &(dyn Fn(u64) + Send + Sync),
     ) -> Result<()> {
-        let session = &self.0;
+        let walk = self.0.walk(reference.registry(), Need::Push)?;
+        let session = walk.session();
         session
             .push_blob(reference, digest, size, source, progress)
             .await
@@ -273,6 +341,8 @@ impl Client {
         media_type: &str,
         bytes: Vec<u8>,
     ) -> Result<Digest> {
-        self.0.push_manifest(reference, media_type, bytes).await
+        let walk = self.0.walk(reference.registry(), Need::Push)?;
+        let session = walk.session();
+        session.push_manifest(reference, media_type, bytes).await
     }
 }

@@ -1,8 +1,12 @@
 //! How to talk to registries, and where each of them is.
 
+use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
+use km_host::{HostPath, Root};
 use reqwest::Url;
+use reqwest::header::HeaderMap;
 
 use super::credentials::Credentials;
 
@@ -14,6 +18,13 @@ const DOCKER_HUB: (&str, &str) = ("docker.io", "registry-1.docker.io");
 pub struct ClientOptions {
     /// Certificates in PEM that are trusted besides the system's.
     pub ca_pem: Option<Vec<u8>>,
+    /// What we show to registries that ask for a certificate.
+    pub client_certificate: Option<ClientCertificate>,
+    /// The host's root: credential helpers run in it, and files that a `hosts.toml` names are looked up in it. Without it
+    /// neither is used.
+    pub root: Option<Arc<Root>>,
+    /// The `hosts.toml` files, which say what stands for a registry.
+    pub hosts_dir: Option<HostsDir>,
     /// Who we are to which registry.
     pub credentials: Credentials,
     /// Registries without TLS, `host` (any port) or `host:port`. Those on this machine (`localhost`, 127.0.0.0/8, `::1`)
@@ -33,10 +44,57 @@ pub struct ClientOptions {
     pub rate_limit: Option<u64>,
 }
 
+/// containerd's folder of `hosts.toml` files (its `config_path`).
+#[derive(Clone, Debug)]
+pub struct HostsDir {
+    /// The folder.
+    pub path: HostPath,
+    /// Whether what is in it must be usable. Else trouble is a warning, and the registry itself is asked, as containerd does.
+    pub strict: bool,
+}
+
+/// A certificate of ours and its key, in PEM.
+#[derive(Clone)]
+pub struct ClientCertificate {
+    /// The certificate, and those that lead from it to its authority.
+    pub certificate: Vec<u8>,
+    /// The certificate's private key, unencrypted.
+    pub key: Vec<u8>,
+}
+
+impl fmt::Debug for ClientCertificate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ClientCertificate(hidden)")
+    }
+}
+
+/// Where a proxy is. It may hold a user name and a password, which are never shown.
+#[derive(Clone, PartialEq, Eq)]
+pub(super) struct ProxyUrl(Url);
+
+impl ProxyUrl {
+    pub(super) fn new(url: Url) -> ProxyUrl {
+        ProxyUrl(url)
+    }
+
+    pub(super) fn expose(&self) -> &Url {
+        &self.0
+    }
+}
+
+impl fmt::Debug for ProxyUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&authority(&self.0))
+    }
+}
+
 impl Default for ClientOptions {
     fn default() -> ClientOptions {
         ClientOptions {
             ca_pem: None,
+            client_certificate: None,
+            root: None,
+            hosts_dir: None,
             credentials: Credentials::anonymous(),
             plain_http: Vec::new(),
             https: Vec::new(),
@@ -50,6 +108,11 @@ impl Default for ClientOptions {
 }
 
 impl ClientOptions {
+    /// Whether the user lists `host` or `host:port` as without TLS.
+    pub(super) fn is_listed_plain(&self, authority: &str) -> bool {
+        lists(&self.plain_http, authority)
+    }
+
     /// Whether `host` or `host:port` is asked without TLS. The rule for this machine is containerd's (docs/hosts.md).
     pub(super) fn is_plain(&self, authority: &str) -> bool {
         if lists(&self.https, authority) {
@@ -97,8 +160,12 @@ pub(super) fn authority(url: &Url) -> String {
 /// Where a registry is.
 #[derive(Clone, Debug)]
 pub(super) struct Endpoint {
-    /// Only its scheme, host and port count.
-    base: Url,
+    /// Scheme, host, port, and the path of the API.
+    api: Url,
+    /// The registry that it stands for, if that is another one.
+    namespace: Option<String>,
+    /// Sent along with every request to it.
+    headers: HeaderMap,
 }
 
 impl Endpoint {
@@ -114,42 +181,79 @@ impl Endpoint {
         } else {
             "https"
         };
-        let base = Url::parse(&format!("{scheme}://{host}/")).ok()?;
-        Some(Endpoint { base })
+        let api = Url::parse(&format!("{scheme}://{host}/v2")).ok()?;
+        Some(Endpoint {
+            api,
+            namespace: None,
+            headers: HeaderMap::new(),
+        })
+    }
+
+    /// Of a server that stands for a registry. It is told for which one unless it is that registry (containerd,
+    /// docs/hosts.md, "Registry Host Namespace").
+    pub(super) fn standing_for(registry: &str, api: Url) -> Endpoint {
+        let host = authority(&api);
+        let itself = host == registry || (registry == DOCKER_HUB.0 && host == DOCKER_HUB.1);
+        Endpoint {
+            api,
+            namespace: (!itself).then(|| registry.to_owned()),
+            headers: HeaderMap::new(),
+        }
+    }
+
+    pub(super) fn with_headers(self, headers: HeaderMap) -> Endpoint {
+        Endpoint { headers, ..self }
     }
 
     /// Of the server that a URL leads to.
     pub(super) fn at(url: &Url) -> Endpoint {
-        Endpoint { base: url.clone() }
+        Endpoint {
+            api: url.clone(),
+            namespace: None,
+            headers: HeaderMap::new(),
+        }
     }
 
     /// `/v2/<repository>/<rest>` (OCI distribution specification, "Endpoints"); both are of characters that need no escaping.
     pub(super) fn url(&self, repository: &str, rest: &str) -> Url {
-        let mut url = self.base.clone();
-        url.set_path(&format!("/v2/{repository}/{rest}"));
+        let mut url = self.api.clone();
+        let path = self.api.path().trim_end_matches('/');
+        url.set_path(&format!("{path}/{repository}/{rest}"));
+        if let Some(namespace) = &self.namespace {
+            url.query_pairs_mut().append_pair("ns", namespace);
+        }
         url
+    }
+
+    /// Host and port.
+    pub(super) fn host(&self) -> String {
+        authority(&self.api)
+    }
+
+    pub(super) fn headers(&self) -> &HeaderMap {
+        &self.headers
     }
 
     /// Whether a URL leads to this registry itself, so that it may have our credentials.
     pub(super) fn owns(&self, url: &Url) -> bool {
-        self.base.origin() == url.origin()
+        self.api.origin() == url.origin()
     }
 
     pub(super) fn is_plain(&self) -> bool {
-        self.base.scheme() == "http"
+        self.api.scheme() == "http"
     }
 
     /// Resolves a `Location`. One that names this host with the wrong scheme (a registry behind a proxy that ends TLS) is
     /// brought back to ours.
     pub(super) fn resolve(&self, from: &Url, location: &str) -> Option<Url> {
         let url = from.join(location).ok()?;
-        if self.is_plain() || url.scheme() != "http" || url.host_str() != self.base.host_str() {
+        if self.is_plain() || url.scheme() != "http" || url.host_str() != self.api.host_str() {
             return Some(url);
         }
         let mut ours = url.clone();
         ours.set_scheme("https").ok()?;
         if url.port().is_none() {
-            ours.set_port(self.base.port()).ok()?;
+            ours.set_port(self.api.port()).ok()?;
         }
         Some(if self.owns(&ours) { ours } else { url })
     }

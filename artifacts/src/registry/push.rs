@@ -44,7 +44,7 @@ impl Session {
         source: BlobSource<'_>,
         progress: &(dyn Fn(u64) + Send + Sync),
     ) -> Result<()> {
-        let target = Target::new(reference, Access::Push, &self.transport.options)?;
+        let target = self.target(reference, Access::Push)?;
         let what = format!("blob {digest} of {}", target.name());
         let upload = Upload {
             digest,
@@ -83,7 +83,7 @@ impl Session {
         put.headers.insert(CONTENT_TYPE, octets);
         let sent = Arc::new(AtomicU64::new(0));
         let body = body(upload, &sent).await?;
-        let authorization = self.authorization(target);
+        let authorization = self.authorization(target).await?;
         let sending = self.transport.upload(
             &target.endpoint,
             &put,
@@ -117,7 +117,7 @@ impl Session {
         let host = super::options::authority(&url);
         if url.scheme() == "http"
             && !target.endpoint.is_plain()
-            && !self.transport.options.is_plain(&host)
+            && !self.transport.options.is_listed_plain(&host)
         {
             return Err(refuse(
                 "it wants the bytes without TLS, while it has TLS itself",
@@ -132,7 +132,7 @@ impl Session {
         media_type: &str,
         bytes: Vec<u8>,
     ) -> Result<Digest> {
-        let target = Target::new(reference, Access::Push, &self.transport.options)?;
+        let target = self.target(reference, Access::Push)?;
         let action = format!("publish {reference}");
         let what = format!("the repository {}", target.name());
         let digest = match reference.digest() {

@@ -7,7 +7,7 @@ use oci_spec::image::{Descriptor, ImageIndex};
 use reqwest::Method;
 use reqwest::header::{ACCEPT, HeaderValue};
 
-use super::authorize::{Access, Session, Target};
+use super::authorize::{Access, Session};
 use super::transport::Request;
 use super::{Document, Error, Result};
 use crate::digest::Digest;
@@ -24,7 +24,7 @@ impl Session {
         digest: &Digest,
         artifact_type: &str,
     ) -> Result<Option<Vec<Descriptor>>> {
-        let target = Target::new(reference, Access::Pull, &self.transport.options)?;
+        let target = self.target(reference, Access::Pull)?;
         let action = format!("list what refers to {digest}");
         let what = format!("the list of what refers to {digest}");
         let mut url = target.url(&format!("referrers/{digest}"));
@@ -59,7 +59,7 @@ impl Session {
 
     /// A manifest or index of at most `limit` bytes, verified, whatever it is for.
     pub(super) async fn small(&self, reference: &Reference, limit: u64) -> Result<Document> {
-        let target = Target::new(reference, Access::Pull, &self.transport.options)?;
+        let target = self.target(reference, Access::Pull)?;
         let fetched = self.fetch(&target, reference, reference, limit).await?;
         Ok(Document {
             digest: fetched.digest,

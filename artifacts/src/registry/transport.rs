@@ -5,19 +5,19 @@
 //!
 //! It must not know of tokens, manifests or blobs.
 
-use std::error::Error as StdError;
-use std::io;
+use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use reqwest::header::{ACCEPT_ENCODING, AUTHORIZATION, HeaderMap, HeaderValue, LOCATION};
-use reqwest::{Body, Certificate, Method, Response, StatusCode, Url};
+use reqwest::{Body, Certificate, Identity, Method, Proxy, Response, StatusCode, Url};
 
 use super::dns::SystemResolver;
-use super::options::{ClientOptions, Endpoint, authority, is_loopback};
+use super::options::{ClientOptions, Endpoint, ProxyUrl, authority, is_loopback};
 use super::pace::Limiter;
 use super::retry::Failure;
+use super::tls::{self, find};
 use super::{Error, Result};
 
 /// Redirects followed for one request. Registries need one or two, to a storage service.
@@ -72,25 +72,52 @@ impl Answer {
     }
 }
 
+/// Another way to a registry than its own address: what stands for it, and how that is talked to.
+#[derive(Clone, Debug)]
+pub(super) struct Via {
+    pub(super) endpoint: Endpoint,
+    /// Any certificate will do.
+    pub(super) skip_verify: bool,
+    /// In place of the proxies that the environment names.
+    pub(super) proxy: Option<ProxyUrl>,
+}
+
 /// The HTTP clients, made when they are first needed.
-#[derive(Debug)]
 pub(super) struct Transport {
     pub(super) options: ClientOptions,
-    /// Holds all blobs together to `options.rate_limit`.
-    pub(super) limiter: Option<Limiter>,
+    pub(super) via: Option<Via>,
+    /// Holds all blobs together to `options.rate_limit`, whatever way they come.
+    pub(super) limiter: Option<Arc<Limiter>>,
     ca: Vec<Certificate>,
+    identity: Option<Identity>,
     /// Through the proxy that the environment names.
     proxied: OnceLock<reqwest::Client>,
     /// For registries on this machine, which no proxy can reach.
     direct: OnceLock<reqwest::Client>,
 }
 
+impl fmt::Debug for Transport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Not the HTTP clients: they show their proxies, and those may hold passwords.
+        f.debug_struct("Transport")
+            .field("options", &self.options)
+            .field("via", &self.via)
+            .finish_non_exhaustive()
+    }
+}
+
 impl Transport {
-    pub(super) fn new(options: ClientOptions) -> Result<Transport> {
+    pub(super) fn new(
+        options: ClientOptions,
+        via: Option<Via>,
+        limiter: Option<Arc<Limiter>>,
+    ) -> Result<Transport> {
         Ok(Transport {
-            ca: certificates(options.ca_pem.as_deref())?,
-            limiter: options.rate_limit.map(Limiter::new),
+            ca: tls::certificates(options.ca_pem.as_deref())?,
+            identity: tls::identity(options.client_certificate.as_ref())?,
+            limiter,
             options,
+            via,
             proxied: OnceLock::new(),
             direct: OnceLock::new(),
         })
@@ -108,8 +135,8 @@ impl Transport {
         for _ in 0..=REDIRECTS {
             // Once it has left the registry a request stays a stranger's, wherever it is sent.
             ours &= endpoint.owns(&url);
-            let authorization = authorization.filter(|_| ours);
-            let response = self.send_to(&url, request, authorization).await?;
+            let known = ours.then_some((endpoint, authorization));
+            let response = self.send_to(&url, request, known).await?;
             let Some(next) = self.next(endpoint, &url, request, &response)? else {
                 let host = authority(&url);
                 return Ok(Answer {
@@ -157,7 +184,8 @@ impl Transport {
             .filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host())
             .ok_or_else(|| refuse("its Location is not a URL of a web server".to_owned()))?;
         let host = authority(&next);
-        if from.scheme() == "https" && next.scheme() == "http" && !self.options.is_plain(&host) {
+        let gives_up = from.scheme() == "https" && next.scheme() == "http";
+        if gives_up && !self.options.is_listed_plain(&host) {
             return Err(refuse(format!("{host} is asked without TLS")));
         }
         tracing::debug!(from = %authority(from), to = %host, "redirect");
@@ -168,10 +196,10 @@ impl Transport {
         &self,
         url: &Url,
         request: &Request<'_>,
-        authorization: Option<&HeaderValue>,
+        known: Option<(&Endpoint, Option<&HeaderValue>)>,
     ) -> Result<Response, Failure> {
         let body = request.body.clone().map(Body::from);
-        let sent = self.build(url, request, authorization, body)?;
+        let sent = self.build(url, request, known, body)?;
         let limit = self.options.connect_timeout + self.options.read_timeout;
         match tokio::time::timeout(limit, sent).await {
             Ok(sent) => self.received(url, request, sent),
@@ -191,7 +219,8 @@ impl Transport {
     ) -> Result<Answer, Failure> {
         let url = &request.url;
         let ours = endpoint.owns(url);
-        let sending = self.build(url, request, authorization.filter(|_| ours), Some(body))?;
+        let known = ours.then_some((endpoint, authorization));
+        let sending = self.build(url, request, known, Some(body))?;
         tokio::pin!(sending);
         let mut tick = tokio::time::interval(TICK);
         let (mut last, mut moved) = (0, Instant::now());
@@ -217,11 +246,12 @@ impl Transport {
         }
     }
 
+    /// `known` is whom the request goes to and what tells it who we are; none for strangers.
     fn build(
         &self,
         url: &Url,
         request: &Request<'_>,
-        authorization: Option<&HeaderValue>,
+        known: Option<(&Endpoint, Option<&HeaderValue>)>,
         body: Option<Body>,
     ) -> Result<impl Future<Output = reqwest::Result<Response>> + use<>> {
         let mut builder = self
@@ -230,8 +260,11 @@ impl Transport {
             .headers(request.headers.clone())
             // A digest is of the bytes as they are stored.
             .header(ACCEPT_ENCODING, "identity");
-        if let Some(value) = authorization {
-            builder = builder.header(AUTHORIZATION, value);
+        if let Some((endpoint, authorization)) = known {
+            builder = builder.headers(endpoint.headers().clone());
+            if let Some(value) = authorization {
+                builder = builder.headers(HeaderMap::from_iter([(AUTHORIZATION, value.clone())]));
+            }
         }
         if let Some(body) = body {
             builder = builder.body(body);
@@ -262,7 +295,7 @@ impl Transport {
         let host = authority(url);
         let action = action.to_owned();
         if let Some(error) = find::<rustls::Error>(&source) {
-            let hint = tls_hint(error);
+            let hint = tls::hint(error);
             return Error::Tls { host, hint, source }.into();
         }
         if source.is_timeout() {
@@ -282,7 +315,8 @@ impl Transport {
     }
 
     fn client(&self, url: &Url) -> Result<&reqwest::Client> {
-        let local = is_loopback(url.host_str().unwrap_or_default());
+        let fixed = self.via.as_ref().is_some_and(|via| via.proxy.is_some());
+        let local = !fixed && is_loopback(url.host_str().unwrap_or_default());
         let place = if local { &self.direct } else { &self.proxied };
         if let Some(client) = place.get() {
             return Ok(client);
@@ -292,6 +326,15 @@ impl Transport {
     }
 
     fn make(&self, direct: bool) -> Result<reqwest::Client> {
+        let setup = |source| Error::Setup {
+            problem: "one of its settings is not usable",
+            source,
+        };
+        let via = self.via.as_ref();
+        let proxy = via.and_then(|via| via.proxy.as_ref());
+        let proxy = proxy.map(|proxy| Proxy::all(proxy.expose().clone()));
+        let proxy = proxy.transpose().map_err(setup)?;
+        let any_certificate = via.is_some_and(|via| via.skip_verify);
         let settings = || {
             let builder = reqwest::Client::builder()
                 .http1_only()
@@ -305,7 +348,16 @@ impl Transport {
                 .no_brotli()
                 .no_zstd()
                 .no_deflate();
-            if direct { builder.no_proxy() } else { builder }
+            let builder = match (&proxy, direct) {
+                (Some(proxy), _) => builder.proxy(proxy.clone()),
+                (None, true) => builder.no_proxy(),
+                (None, false) => builder,
+            };
+            let builder = builder.tls_danger_accept_invalid_certs(any_certificate);
+            match &self.identity {
+                Some(identity) => builder.identity(identity.clone()),
+                None => builder,
+            }
         };
         let made = settings().tls_certs_merge(self.ca.iter().cloned()).build();
         // A system without any certificates must not keep us from registries that need none.
@@ -316,32 +368,8 @@ impl Transport {
             }
             other => other,
         };
-        made.map_err(|source| Error::Setup {
-            problem: "one of its settings is not usable",
-            source,
-        })
+        made.map_err(setup)
     }
-}
-
-fn certificates(pem: Option<&[u8]>) -> Result<Vec<Certificate>> {
-    let Some(pem) = pem else {
-        return Ok(Vec::new());
-    };
-    let wrong = |problem: &str, source| Error::Ca {
-        problem: problem.to_owned(),
-        source,
-    };
-    let all = Certificate::from_pem_bundle(pem)
-        .map_err(|source| wrong("it cannot be read", Some(source)))?;
-    if all.is_empty() {
-        return Err(wrong("there is no certificate in it", None));
-    }
-    // The content of each certificate is looked at only by a client that trusts it.
-    reqwest::Client::builder()
-        .tls_certs_only(all.iter().cloned())
-        .build()
-        .map_err(|source| wrong("a certificate in it is damaged", Some(source)))?;
-    Ok(all)
 }
 
 fn timeout(url: &Url, request: &Request<'_>, after: Duration) -> Error {
@@ -350,34 +378,4 @@ fn timeout(url: &Url, request: &Request<'_>, after: Duration) -> Error {
         action: request.action.to_owned(),
         after,
     }
-}
-
-fn tls_hint(error: &rustls::Error) -> &'static str {
-    match error {
-        rustls::Error::InvalidCertificate(_) => {
-            "if its certificate is from a private authority, give that authority's certificate as the registry CA"
-        }
-        rustls::Error::InvalidMessage(_) => {
-            "it does not seem to speak TLS; if that is intended, list it as a plain HTTP registry"
-        }
-        _ => "check its TLS settings",
-    }
-}
-
-/// The first error of type `T` among an error and its causes. An `io::Error` hides the error that it was made from.
-fn find<'a, T: StdError + 'static>(error: &'a (dyn StdError + 'static)) -> Option<&'a T> {
-    let mut next = Some(error);
-    while let Some(error) = next {
-        if let Some(found) = error.downcast_ref() {
-            return Some(found);
-        }
-        let inner = error
-            .downcast_ref::<io::Error>()
-            .and_then(io::Error::get_ref);
-        next = match inner {
-            Some(inner) => Some(inner),
-            None => error.source(),
-        };
-    }
-    None
 }

@@ -3,6 +3,7 @@
 mod authorization;
 mod blobs;
 mod manifests;
+mod mirrors;
 mod publishing;
 mod redirects;
 mod server;
