@@ -6,6 +6,7 @@
 //! - [`containerd`], [`cri`], [`images`]: a real containerd, 1.6, 1.7 or 2.x, and pods on it.
 //! - [`registry`], [`proxy`], [`http`]: a real registry (plain, TLS, basic auth, bearer tokens), and a network in front of it
 //!   that fails to order.
+//! - [`forward`]: a forward proxy, for `HTTPS_PROXY` and its like.
 //! - [`guest`], [`cpio`], [`provider`], [`qemu`]: a small real guest, a Kata prefix to run it with, and its boot.
 //! - [`suite`]: tests that pass, fail, or say why this machine cannot run them.
 //! - [`km`]: the kata-manager binary under test, also killed at a state change of our choice.
@@ -20,6 +21,7 @@
 pub mod containerd;
 pub mod cpio;
 pub mod cri;
+pub mod forward;
 pub mod guest;
 pub mod http;
 pub mod images;
@@ -32,5 +34,6 @@ pub mod qemu;
 pub mod registry;
 pub mod sandbox;
 pub mod suite;
+mod tls;
 mod token;
 pub mod wait;

@@ -43,6 +43,7 @@ fn main() -> Result<ExitCode> {
         ("lock", tests::lock::TESTS),
         ("hostile", tests::hostile::TESTS),
         ("others", tests::others::TESTS),
+        ("registries", tests::registries::TESTS),
         ("transfer", tests::transfer::TESTS),
         ("trust", tests::trust::TESTS),
     ];

@@ -28,6 +28,8 @@ pub enum Fault {
     Corrupt(u64),
     /// The registry is not asked; this HTTP status comes back with an empty body.
     Status(u16),
+    /// The registry is not asked; the client is sent to the same path at this port of 127.0.0.1.
+    Redirect(u16),
 }
 
 /// Which responses a fault hits, and how many of them.
@@ -85,6 +87,11 @@ impl Proxy {
             }
         });
         Ok(Self { port, state })
+    }
+
+    /// Its port.
+    pub fn port(&self) -> u16 {
+        self.port
     }
 
     /// Its host and port, as references begin.
@@ -171,7 +178,14 @@ fn serve(mut client: &TcpStream, upstream: u16, state: &Mutex<State>) -> io::Res
     let Some(request) = Request::parse(&head) else {
         return client.write_all(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n");
     };
+    let path = request.path.clone();
     let fate = admit(state, request);
+    if let Some(Fault::Redirect(port)) = fate.fault {
+        let answer = format!(
+            "HTTP/1.1 307 Fault\r\nLocation: http://127.0.0.1:{port}{path}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+        );
+        return client.write_all(answer.as_bytes());
+    }
     if let Some(Fault::Status(code)) = fate.fault {
         let answer =
             format!("HTTP/1.1 {code} Fault\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
@@ -230,7 +244,7 @@ impl Write for Counted<'_> {
 fn relay(from: &mut impl Read, to: &mut Counted<'_>, fault: Option<Fault>) -> io::Result<()> {
     let mut pass = |limit: u64, to: &mut Counted<'_>| io::copy(&mut from.take(limit), to);
     match fault {
-        None | Some(Fault::Status(_)) => {}
+        None | Some(Fault::Status(_) | Fault::Redirect(_)) => {}
         Some(Fault::Truncate(after)) => {
             pass(after, to)?;
             return Ok(());

@@ -1,5 +1,5 @@
 //! A real registry (Debian's docker-registry) on 127.0.0.1: plain, with TLS from a CA of its own, with basic auth
-//! or bearer tokens.
+//! or bearer tokens, or as a mirror of another.
 
 use std::fs;
 use std::net::TcpStream;
@@ -14,7 +14,7 @@ use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, 
 
 use crate::process::Daemon;
 use crate::sandbox::Sandbox;
-use crate::{token, wait};
+use crate::{tls, token, wait};
 
 /// Basic authentication: one user.
 #[derive(Clone, Debug)]
@@ -28,13 +28,23 @@ pub struct User {
 /// How a registry is set up; the default is plain HTTP that lets everyone in.
 #[derive(Clone, Debug, Default)]
 pub struct Options {
-    /// HTTPS, with a certificate for `127.0.0.1` and `localhost` that a private CA has signed.
+    /// HTTPS, with a certificate for `127.0.0.1`, `localhost`, [`OUTSIDE`] and [`NAME`] that a private CA has signed.
     pub tls: bool,
+    /// Asks for a certificate of the same CA, with TLS.
+    pub client_certificate: bool,
     /// Lets in this user alone.
     pub user: Option<User>,
     /// Lets in who has a bearer token from a token server, which gives one to the user, or to everyone if there is none.
     pub token: bool,
+    /// Serves what another registry (`http://host:port`) has, and keeps what it gave: a mirror.
+    pub mirror_of: Option<String>,
 }
+
+/// An address of the sandbox that is not the loopback: the registries listen there, too.
+pub const OUTSIDE: &str = "192.0.2.1";
+
+/// A name that a registry's certificate is for, and that nobody can look up.
+pub const NAME: &str = "registry.test";
 
 impl User {
     /// The value of an `Authorization` header (RFC 7617).
@@ -69,7 +79,8 @@ impl Registry {
         }
         let realm = sandbox.port();
         if options.token {
-            token::start(realm, options.user.clone(), &dir.join("token.pem"))?;
+            let tls = options.tls.then(|| tls::Server::new(&dir)).transpose()?;
+            token::start(realm, options.user.clone(), &dir.join("token.pem"), tls)?;
         } else if let Some(user) = &options.user {
             // Cost 4 is the least that bcrypt knows: this guards nothing.
             let hash = bcrypt::hash(&user.password, 4).context("hash a password")?;
@@ -125,6 +136,11 @@ impl Registry {
     /// The private CA's certificate, PEM; exists with [`Options::tls`].
     pub fn ca(&self) -> PathBuf {
         self.dir.join("ca.pem")
+    }
+
+    /// A certificate that the private CA has signed for a client, and its key.
+    pub fn client(&self) -> (PathBuf, PathBuf) {
+        (self.dir.join("client.pem"), self.dir.join("client.key"))
     }
 
     /// Writes a docker `config.json` with the user's credentials for a host (this registry's, or a proxy's before it).
@@ -201,16 +217,23 @@ fn config(dir: &Path, port: u16, realm: u16, options: &Options) -> String {
         "version: 0.1\n\
          log: {{ level: info }}\n\
          storage:\n  filesystem: {{ rootdirectory: '{r}/data' }}\n  delete: {{ enabled: true }}\n\
-         http:\n  addr: 127.0.0.1:{port}\n"
+         http:\n  addr: 0.0.0.0:{port}\n"
     );
     if options.tls {
         text.push_str(&format!(
-            "  tls: {{ certificate: '{r}/server.pem', key: '{r}/server.key' }}\n"
+            "  tls:\n    certificate: '{r}/server.pem'\n    key: '{r}/server.key'\n"
         ));
+        if options.client_certificate {
+            text.push_str(&format!("    clientcas: ['{r}/ca.pem']\n"));
+        }
+    }
+    if let Some(origin) = &options.mirror_of {
+        text.push_str(&format!("proxy: {{ remoteurl: '{origin}' }}\n"));
     }
     if options.token {
+        let scheme = if options.tls { "https" } else { "http" };
         text.push_str(&format!(
-            "auth:\n  token: {{ realm: 'http://127.0.0.1:{realm}/token', service: {}, issuer: {}, \
+            "auth:\n  token: {{ realm: '{scheme}://127.0.0.1:{realm}/token', service: {}, issuer: {}, \
              rootcertbundle: '{r}/token.pem' }}\n",
             token::SERVICE,
             token::ISSUER
@@ -223,7 +246,7 @@ fn config(dir: &Path, port: u16, realm: u16, options: &Options) -> String {
     text
 }
 
-/// Writes `ca.pem`, `server.pem` and `server.key`.
+/// Writes `ca.pem`, `server.pem` and `server.key`, `client.pem` and `client.key`.
 fn write_certificates(dir: &Path) -> Result<()> {
     let mut params = CertificateParams::default();
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -231,11 +254,14 @@ fn write_certificates(dir: &Path) -> Result<()> {
         .distinguished_name
         .push(DnType::CommonName, "kata-manager test CA");
     let ca = CertifiedIssuer::self_signed(params, KeyPair::generate()?)?;
-    let key = KeyPair::generate()?;
-    let names = vec!["127.0.0.1".to_owned(), "localhost".to_owned()];
-    let server = CertificateParams::new(names)?.signed_by(&key, &ca)?;
     fs::write(dir.join("ca.pem"), ca.pem())?;
-    fs::write(dir.join("server.pem"), server.pem())?;
-    fs::write(dir.join("server.key"), key.serialize_pem())?;
+    let server = ["127.0.0.1", "localhost", OUTSIDE, NAME];
+    for (file, names) in [("server", &server[..]), ("client", &["node.test"])] {
+        let key = KeyPair::generate()?;
+        let names: Vec<_> = names.iter().map(|&name| name.to_owned()).collect();
+        let signed = CertificateParams::new(names)?.signed_by(&key, &ca)?;
+        fs::write(dir.join(format!("{file}.pem")), signed.pem())?;
+        fs::write(dir.join(format!("{file}.key")), key.serialize_pem())?;
+    }
     Ok(())
 }

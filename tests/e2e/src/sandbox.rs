@@ -24,6 +24,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::parts::Parts;
 use crate::process;
+use crate::registry::OUTSIDE;
 
 const ROLE: &str = "KM_E2E_ROLE";
 const WORK: &str = "KM_E2E_WORK";
@@ -255,12 +256,18 @@ fn prepare() -> Result<()> {
     fs::create_dir(INSIDE).context("make the work folder's mount point")?;
     mount_bind(&work, INSIDE).with_context(|| format!("show {} as {INSIDE}", work.display()))?;
     let parts = Parts::at(&from_env(PARTS)?)?;
-    process::run(
-        Command::new(parts.busybox()).args(["ip", "link", "set", "lo", "up"]),
-        Duration::from_secs(5),
-    )?
-    .success()
-    .context("switch the loopback device on")?;
+    let outside = format!("{OUTSIDE}/32");
+    for words in [
+        &["ip", "link", "set", "lo", "up"][..],
+        &["ip", "address", "add", &outside, "dev", "lo"],
+    ] {
+        process::run(
+            Command::new(parts.busybox()).args(words),
+            Duration::from_secs(5),
+        )?
+        .success()
+        .context("set up the loopback device")?;
+    }
     Ok(())
 }
 

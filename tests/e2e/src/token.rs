@@ -4,8 +4,8 @@
 //! with ES256 (RFC 7518), with the certificate of the key in their `x5c` header.
 
 use std::fs;
-use std::io::{self, Write as _};
-use std::net::{TcpListener, TcpStream};
+use std::io::{self, Read, Write};
+use std::net::TcpListener;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
@@ -21,6 +21,7 @@ use serde_json::{Value, json};
 
 use crate::http::{self, Request};
 use crate::registry::User;
+use crate::tls;
 
 /// The name of the registry in its tokens.
 pub(crate) const SERVICE: &str = "test-registry";
@@ -35,7 +36,12 @@ struct Server {
 
 /// Starts a token server on a port of 127.0.0.1 and writes its certificate, which the registry trusts, to `certificate`.
 /// With a user it wants that user's basic credentials, else it gives everyone what is asked. Its threads end with the program.
-pub(crate) fn start(port: u16, user: Option<User>, certificate: &Path) -> Result<()> {
+pub(crate) fn start(
+    port: u16,
+    user: Option<User>,
+    certificate: &Path,
+    tls: Option<tls::Server>,
+) -> Result<()> {
     let pair = KeyPair::generate().context("make a key")?;
     let signed = CertificateParams::new(vec![ISSUER.to_owned()])?.self_signed(&pair)?;
     fs::write(certificate, signed.pem())
@@ -50,16 +56,19 @@ pub(crate) fn start(port: u16, user: Option<User>, certificate: &Path) -> Result
         .with_context(|| format!("listen on 127.0.0.1:{port}"))?;
     thread::spawn(move || {
         for client in listener.incoming().flatten() {
-            let server = Arc::clone(&server);
+            let (server, tls) = (Arc::clone(&server), tls.clone());
             // A connection that breaks is the client's to notice.
-            thread::spawn(move || drop(server.serve(client)));
+            thread::spawn(move || match tls {
+                Some(tls) => drop(tls.accept(client).and_then(|client| server.serve(client))),
+                None => drop(server.serve(client)),
+            });
         }
     });
     Ok(())
 }
 
 impl Server {
-    fn serve(&self, mut client: TcpStream) -> io::Result<()> {
+    fn serve(&self, mut client: impl Read + Write) -> io::Result<()> {
         let (head, _) = http::read_head(&mut client)?;
         let (status, body) = match Request::parse(&head) {
             Some(request) if request.method == "GET" => self.answer(&request),
@@ -70,7 +79,8 @@ impl Server {
             client,
             "HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",
             body.len()
-        )
+        )?;
+        client.flush()
     }
 
     fn answer(&self, request: &Request) -> (&'static str, Value) {

@@ -10,5 +10,6 @@ pub(crate) mod lifecycle;
 pub(crate) mod lock;
 mod node;
 pub(crate) mod others;
+pub(crate) mod registries;
 pub(crate) mod transfer;
 pub(crate) mod trust;
