@@ -1,5 +1,5 @@
 # What people and CI run. Rust (rust-version in Cargo.toml) and root are needed; each target gets its other parts by itself.
-.PHONY: demo test lint unit cli e2e fuzz build clean
+.PHONY: demo test lint unit cli e2e fuzz faults build clean
 .NOTPARALLEL:
 
 TARGET := $(abspath $(or $(CARGO_TARGET_DIR),target))
@@ -34,6 +34,10 @@ e2e: build
 SECONDS_EACH := 10
 fuzz:
 	hack/fuzz --seconds $(SECONDS_EACH)
+
+# A thousand kills, and every kind of system call on the store failing in every way, some times each. "make e2e" has thirty.
+faults: build
+	KM_BIN=$(KM) KM_FAULT_KILLS=1000 KM_FAULT_ROUNDS=3 cargo run --quiet --locked -p km-tests-e2e --bin km-tests-e2e -- faults::
 
 # One static program: it runs on any Linux of this architecture, and from an empty container image.
 build:

@@ -39,6 +39,11 @@ pub(crate) async fn execute(
                 .with_context(|| format!("{} stays as it was", class.class.name))?;
         }
     }
+    let moves = prepared.classes.iter().any(|work| *work != ClassWork::Keep);
+    if moves || !seen.surplus.is_empty() {
+        // Garbage looks like what a guest still holds: who is killed before it is removed has to leave word of it.
+        journal.update(|record| record.collect = true)?;
+    }
     let mut switched = Vec::new();
     let result = switch_and_register(node, journal, seen, prepared, &mut switched).await;
     if result.is_err() {
@@ -48,12 +53,21 @@ pub(crate) async fn execute(
     for class in &seen.surplus {
         node.store.remove_class(class)?;
     }
-    let moved = prepared.classes.iter().any(|work| *work != ClassWork::Keep);
     forget(journal, seen)?;
-    if moved || !seen.surplus.is_empty() {
-        prune(node, journal)?;
+    clean_up(node, journal)
+}
+
+/// After a change, or after one that was killed or failed, removes what nothing needs any more. The lock is held.
+pub(crate) fn clean_up(node: &Node, journal: &mut Journal) -> Result<()> {
+    if !journal.record().collect {
+        return Ok(());
     }
-    Ok(())
+    collect::find(node, journal.record())
+        .and_then(|found| collect::remove(node, &found))
+        .context(
+            "what is not needed any more could not be removed; the next apply goes on with that",
+        )?;
+    journal.update(|record| record.collect = false)
 }
 
 /// Drops what held classes that are gone, or at generations that are.
@@ -232,10 +246,4 @@ fn read_own(node: &Node, artifact: &Artifact, path: &str) -> Result<String> {
     }
     let at = node.store.file_path(file);
     Ok(std::fs::read_to_string(&at).map_err(km_host::Error::io("read", &at))?)
-}
-
-/// After a change, removes what nothing needs any more.
-fn prune(node: &Node, journal: &Journal) -> Result<()> {
-    let found = collect::find(node, journal.record())?;
-    collect::remove(node, &found)
 }

@@ -1,7 +1,8 @@
 //! What observation cannot see, kept in `.store/state/journal.json`.
 //!
-//! A restart or a restoration owed, the handlers as we last wrote them, the folders that we created, and the classes that
-//! `rollback` holds. Everything else is found by looking at the node again.
+//! A restart or a restoration owed, the handlers as we last wrote them, the folders that we created, the classes that
+//! `rollback` holds, and whether a change still has to clean up after itself. Everything else is found by looking at the node
+//! again.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -35,6 +36,9 @@ pub(crate) struct Record {
     pub(crate) store_folders: Vec<PathBuf>,
     /// Classes that `rollback` holds at a generation: `apply` does not move them.
     pub(crate) held: BTreeMap<String, u64>,
+    /// Classes moved, and what they left behind has not been removed yet.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) collect: bool,
 }
 
 impl Journal {

@@ -6,7 +6,7 @@
 //!
 //! It must not know of classes and generations.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::io;
 use std::ops::Range;
@@ -173,7 +173,26 @@ fn finish(store: &Store, root: Root<'_>) -> Result<Artifact> {
         media_type: root.media_type,
         artifact_type: artifact.artifact_type.as_deref(),
     })?;
+    drop_spent(store, &artifact)?;
     Ok(artifact)
+}
+
+/// Drops the blobs of archives that are unpacked. Each goes as soon as it is, unless the process ends between the two.
+fn drop_spent(store: &Store, artifact: &Artifact) -> Result<()> {
+    if store.keeps_blobs() {
+        return Ok(());
+    }
+    let layers = || artifact.layers.iter();
+    let raw: BTreeSet<_> = layers()
+        .filter(|layer| !layer.unpacked)
+        .map(|layer| &layer.digest)
+        .collect();
+    for layer in layers().filter(|layer| layer.unpacked && !raw.contains(&layer.digest)) {
+        if store.has_blob(&layer.digest, layer.size)? {
+            store.drop_blob(&layer.digest)?;
+        }
+    }
+    Ok(())
 }
 
 /// Streams that fetch one blob at the same time, at the most: each has a buffer, and a registry serves others as well.

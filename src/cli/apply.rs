@@ -41,6 +41,7 @@ pub(super) async fn run(global: &Global, arguments: &Arguments) -> Result<()> {
     }
     let (_lock, mut journal) = node.lock()?;
     execute::settle(&node, &mut journal).await?;
+    execute::clean_up(&node, &mut journal)?;
     let (seen, prepared) =
         super::plan::prepare(&node, &client, &journal, allowed(arguments, saved.as_ref())).await?;
     if let Some(saved) = &saved {
@@ -50,6 +51,7 @@ pub(super) async fn run(global: &Global, arguments: &Arguments) -> Result<()> {
         output::to_stderr(&format!("warning: {warning}"));
     }
     if prepared.plan.is_empty() {
+        node.store.end_session()?;
         return output::result(
             global.output,
             "Applied",

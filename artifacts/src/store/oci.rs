@@ -1,9 +1,11 @@
 //! The OCI image layout (image specification, image-layout.md): `oci-layout`, `index.json` and the names in it.
 //!
-//! `index.json` only helps other tools to find manifests. The store never decides by it, so a damaged one is made anew.
+//! `index.json` helps other tools to find manifests, and says what a reference led to last. What is live never depends on it: one
+//! that is lost or damaged is made anew from the generations.
 
 use std::collections::BTreeSet;
 
+use oci_spec::image::ImageManifest;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -11,12 +13,17 @@ use super::Store;
 use super::complete::{read, to_json};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
+use crate::generation::GenerationManifest;
 use crate::reference::Reference;
 use crate::registry::{Manifest, Resolved};
+use crate::trust::{Evidence, Form};
 
 /// A reference's name in `index.json` (image specification, annotations.md). It is the whole reference, so that two
 /// repositories with equal tags do not collide; the grammar there allows it.
 const REF_NAME: &str = "org.opencontainers.image.ref.name";
+
+/// The media type of a manifest that does not say its own (image specification, manifest.md).
+const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 
 /// A manifest to be found in the layout.
 #[derive(Clone, Debug)]
@@ -111,7 +118,72 @@ impl Store {
             self.write_file(&layout, version, 0o644)?;
         }
         if self.read_index()?.is_none() {
-            self.write_index(&Index::empty())?;
+            self.write_index(&self.rebuilt()?)?;
+        }
+        Ok(())
+    }
+
+    /// The index as the generations tell it: their manifests, the newest of each reference by name, and the signatures that they
+    /// record.
+    fn rebuilt(&self) -> Result<Index> {
+        let mut index = Index::empty();
+        for class in self.classes()? {
+            for number in self.numbers(&class)? {
+                // One that cannot be read is told of by whoever needs it.
+                if let Ok(generation) = self.generation(&class, number) {
+                    self.list_again(&generation.manifest, &mut index)?;
+                }
+            }
+        }
+        index.tidy();
+        Ok(index)
+    }
+
+    fn list_again(&self, generation: &GenerationManifest, index: &mut Index) -> Result<()> {
+        let Ok(reference) = generation.reference.parse::<Reference>() else {
+            return Ok(());
+        };
+        self.list_one(&generation.manifest, Some(reference.to_string()), index)?;
+        for signer in &generation.signers {
+            let name = match signer.form {
+                Form::Bundle => None,
+                Form::SimpleSigning => {
+                    let tag = Evidence::legacy_tag(&signer.signed);
+                    Some(reference.with_tag(&tag).to_string())
+                }
+            };
+            self.list_one(&signer.manifest, name, index)?;
+        }
+        Ok(())
+    }
+
+    /// Lists a manifest, if it is here.
+    fn list_one(&self, digest: &Digest, name: Option<String>, index: &mut Index) -> Result<()> {
+        let Some(bytes) = self.manifest_bytes(digest)? else {
+            return Ok(());
+        };
+        let parsed: Option<ImageManifest> = serde_json::from_slice(&bytes).ok();
+        let parsed = parsed.as_ref();
+        let media_type = parsed.and_then(|parsed| parsed.media_type().as_ref());
+        let media_type = media_type.map_or_else(|| MANIFEST.to_owned(), ToString::to_string);
+        let artifact_type = parsed.and_then(|parsed| parsed.artifact_type().as_ref());
+        let artifact_type = artifact_type.map(ToString::to_string);
+        let size = bytes.len() as u64;
+        match name {
+            Some(name) => index.name(&NamedManifest {
+                reference: &name,
+                digest,
+                size,
+                media_type: &media_type,
+                artifact_type: artifact_type.as_deref(),
+            }),
+            None => index.manifests.push(Entry {
+                media_type,
+                digest: digest.to_string(),
+                size,
+                artifact_type,
+                annotations: Map::new(),
+            }),
         }
         Ok(())
     }
@@ -187,10 +259,10 @@ impl Store {
             manifest: digest.clone(),
             problem,
         })?;
-        let media_type = parsed.media_type().as_ref().map_or_else(
-            || "application/vnd.oci.image.manifest.v1+json".to_owned(),
-            ToString::to_string,
-        );
+        let media_type = parsed
+            .media_type()
+            .as_ref()
+            .map_or_else(|| MANIFEST.to_owned(), ToString::to_string);
         let index = self.signed_index(digest)?;
         Ok(Some(Resolved {
             digest: index
@@ -214,7 +286,10 @@ impl Store {
 
     fn change_index(&self, change: impl FnOnce(&mut Index)) -> Result<()> {
         let old = self.read_index()?;
-        let mut new = old.clone().unwrap_or_else(Index::empty);
+        let mut new = match &old {
+            Some(old) => old.clone(),
+            None => self.rebuilt()?,
+        };
         change(&mut new);
         if old.as_ref() == Some(&new) {
             return Ok(());

@@ -12,6 +12,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use crate::process::{self, Daemon, Finished};
 use crate::sandbox::Sandbox;
+use crate::tracer::{self, Injection, Traced};
 use crate::wait;
 
 /// The system calls that change what a file system shows under a name. A kill after each of them, one run a kill, meets every
@@ -190,6 +191,25 @@ impl Km {
             "kata-manager neither made {n} changes nor ended in {DEADLINE:?}; after {seen} changes it had said:\n{}",
             strace.log_tail()
         )
+    }
+
+    /// Runs it to its end with one of its system calls on `folder` going wrong, or with none, and lists them.
+    ///
+    /// # Errors
+    /// When it cannot be traced or takes more than three minutes.
+    pub fn injected<S: AsRef<OsStr>>(
+        &self,
+        args: &[S],
+        folder: &Path,
+        injection: Option<&Injection>,
+    ) -> Result<Traced> {
+        let mut command = Command::new("/bin/sh");
+        command
+            .args(["-c", tracer::HOLD])
+            .arg(&self.binary)
+            .args(args);
+        self.dress(&mut command);
+        tracer::run(command, folder, injection, DEADLINE)
     }
 
     /// `-f`: all threads; `-b execve`: not the programs that it starts.

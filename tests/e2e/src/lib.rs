@@ -7,9 +7,11 @@
 //! - [`registry`], [`proxy`], [`http`]: a real registry (plain, TLS, basic auth, bearer tokens), and a network in front of it
 //!   that fails to order.
 //! - [`forward`]: a forward proxy, for `HTTPS_PROXY` and its like.
+//! - [`upload`]: an artifact in a registry, of whatever layers, without the product's own pushing.
 //! - [`guest`], [`cpio`], [`provider`], [`qemu`]: a small real guest, a Kata prefix to run it with, and its boot.
 //! - [`suite`]: tests that pass, fail, or say why this machine cannot run them.
-//! - [`km`]: the kata-manager binary under test, also killed at a state change of our choice.
+//! - [`km`], [`tracer`]: the kata-manager binary under test, also killed at a state change of our choice, or with a system call
+//!   that goes wrong.
 //!
 //! The harness knows the product by its command line and its files alone, so that it cannot agree with a mistake.
 
@@ -36,4 +38,6 @@ pub mod sandbox;
 pub mod suite;
 mod tls;
 mod token;
+pub mod tracer;
+pub mod upload;
 pub mod wait;

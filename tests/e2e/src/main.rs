@@ -39,6 +39,7 @@ fn main() -> Result<ExitCode> {
         ("containerd", tests::containerd::TESTS),
         ("failures", tests::failures::TESTS),
         ("crash", tests::crash::TESTS),
+        ("faults", tests::faults::TESTS),
         ("lifecycle", tests::lifecycle::TESTS),
         ("lock", tests::lock::TESTS),
         ("hostile", tests::hostile::TESTS),
@@ -52,5 +53,17 @@ fn main() -> Result<ExitCode> {
         .flat_map(|(subject, tests)| tests.iter().map(|test| (*subject, *test)))
         .map(|(subject, test)| suite::trial(subject, test, &sandbox))
         .collect();
-    Ok(libtest_mimic::run(&arguments, trials).exit_code())
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    if tests::faults::survived() > 0 {
+        say_faults();
+    }
+    Ok(conclusion.exit_code())
+}
+
+#[expect(
+    clippy::print_stdout,
+    reason = "a test that takes samples says how many"
+)]
+fn say_faults() {
+    println!("faults survived in all: {}", tests::faults::survived());
 }

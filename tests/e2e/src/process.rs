@@ -90,7 +90,8 @@ pub fn run(command: &mut Command, deadline: Duration) -> Result<Finished> {
     })
 }
 
-fn read_back(file: &mut File) -> Result<String> {
+/// All that a program wrote into a file.
+pub(crate) fn read_back(file: &mut File) -> Result<String> {
     let mut bytes = Vec::new();
     file.seek(SeekFrom::Start(0))
         .and_then(|_| file.read_to_end(&mut bytes))

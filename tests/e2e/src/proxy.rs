@@ -30,6 +30,8 @@ pub enum Fault {
     Status(u16),
     /// The registry is not asked; the client is sent to the same path at this port of 127.0.0.1.
     Redirect(u16),
+    /// The length is not announced, and after the body zeros come for ever.
+    Endless,
 }
 
 /// Which responses a fault hits, and how many of them.
@@ -217,7 +219,14 @@ fn respond(
         client.write_all(head.as_bytes())?; // 100 Continue
         (head, body_start) = read_head(&mut (&body_start[..]).chain(server))?;
     }
-    client.write_all(closing(&head, &fate.headers).as_bytes())?;
+    let mut head = closing(&head, &fate.headers);
+    if let Some(Fault::Endless) = fate.fault {
+        let lines = head.split_inclusive("\r\n");
+        head = lines
+            .filter(|line| !line.to_ascii_lowercase().starts_with("content-length:"))
+            .collect();
+    }
+    client.write_all(head.as_bytes())?;
     let mut body = Counted { client, state };
     relay(&mut (&body_start[..]).chain(server), &mut body, fate.fault)
 }
@@ -245,6 +254,12 @@ fn relay(from: &mut impl Read, to: &mut Counted<'_>, fault: Option<Fault>) -> io
     let mut pass = |limit: u64, to: &mut Counted<'_>| io::copy(&mut from.take(limit), to);
     match fault {
         None | Some(Fault::Status(_) | Fault::Redirect(_)) => {}
+        Some(Fault::Endless) => {
+            io::copy(from, to)?;
+            loop {
+                to.write_all(&[0; 1 << 16])?; // until the client has had enough
+            }
+        }
         Some(Fault::Truncate(after)) => {
             pass(after, to)?;
             return Ok(());

@@ -376,3 +376,27 @@ fn a_name_in_the_layout_follows_its_newest_manifest() {
     assert_eq!(named(&old.manifest), None);
     assert_eq!(index()["manifests"].as_array().unwrap().len(), 1);
 }
+
+#[test]
+fn a_lost_index_is_made_anew_from_the_generations() {
+    let fixture = Fixture::new();
+    for content in [b"one", b"two"] {
+        let artifact = fixture.raw(&[("vmlinuz", content)]);
+        fixture.create(CLASS, &artifact);
+    }
+    let path = fixture.store.oci_dir().join("index.json");
+    let before = fs::read_to_string(&path).unwrap();
+    assert_eq!(before.matches("\"digest\"").count(), 2);
+    for damage in [None, Some(&b"{\"schemaVersion\""[..])] {
+        match damage {
+            None => fs::remove_file(&path).unwrap(),
+            Some(bytes) => fs::write(&path, bytes).unwrap(),
+        }
+        fixture.store.init().unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), before);
+    }
+    // While a name is added, too.
+    fs::remove_file(&path).unwrap();
+    fixture.raw(&[("vmlinuz", b"two")]);
+    assert_eq!(fs::read_to_string(&path).unwrap(), before);
+}

@@ -1,17 +1,15 @@
 //! Artifacts that want out of their folder, or more than files: refused before anything is activated.
 
-use std::io::{Read as _, Write as _};
-use std::net::TcpStream;
+use std::io::Write as _;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use km_tests_e2e::containerd::{Options, Version};
-use km_tests_e2e::images;
 use km_tests_e2e::sandbox::Sandbox;
 use km_tests_e2e::suite::Test;
-use serde_json::json;
+use km_tests_e2e::upload::{self, Layer};
 use tar::{EntryType, Header};
 
 use super::node::{DEMO, Node, SMALL};
@@ -246,79 +244,18 @@ fn nothing_escaped(node: &Node, case: &Case) -> Result<()> {
     Ok(())
 }
 
-/// Pushes an artifact of one layer as it is (OCI distribution specification, "Push").
+/// Pushes an artifact of one layer as it is.
 fn publish(node: &Node, case: &Case) -> Result<()> {
-    let host = node.registry.host();
-    let config = b"{}";
-    for blob in [&case.layer[..], config] {
-        let begun = http(
-            &host,
-            "POST",
-            "/v2/hostile/artifact/blobs/uploads/",
-            "",
-            b"",
-        )?;
-        let location = begun
-            .lines()
-            .find_map(|line| line.strip_prefix("Location: "))
-            .with_context(|| format!("no Location in {begun}"))?
-            .trim();
-        let path = location
-            .split_once(&host)
-            .map_or(location, |(_, path)| path);
-        let digest = images::sha256(blob);
-        let put = http(
-            &host,
-            "PUT",
-            &format!("{path}&digest={digest}"),
-            "application/octet-stream",
-            blob,
-        )?;
-        ensure!(put.starts_with("HTTP/1.1 201"), "{put}");
-    }
-    let title = case
-        .title
-        .map(|title| json!({ "org.opencontainers.image.title": title }))
-        .unwrap_or(json!({}));
-    let kind = "application/vnd.oci.image.manifest.v1+json";
-    let manifest = json!({
-        "schemaVersion": 2,
-        "mediaType": kind,
-        "artifactType": "application/vnd.test.guest",
-        "config": {
-            "mediaType": "application/vnd.oci.empty.v1+json",
-            "digest": images::sha256(config),
-            "size": config.len(),
-        },
-        "layers": [{
-            "mediaType": case.media_type,
-            "digest": images::sha256(&case.layer),
-            "size": case.layer.len(),
-            "annotations": title,
-        }],
-    })
-    .to_string();
-    let path = format!("/v2/hostile/artifact/manifests/{}", case.tag);
-    let put = http(&host, "PUT", &path, kind, manifest.as_bytes())?;
-    ensure!(put.starts_with("HTTP/1.1 201"), "{put}");
-    Ok(())
-}
-
-/// One HTTP request; gives the response as text.
-fn http(host: &str, method: &str, path: &str, kind: &str, body: &[u8]) -> Result<String> {
-    let mut stream = TcpStream::connect(host)?;
-    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
-    let kind = match kind {
-        "" => String::new(),
-        kind => format!("Content-Type: {kind}\r\n"),
+    let layer = Layer {
+        media_type: case.media_type,
+        bytes: &case.layer,
+        title: case.title,
     };
-    write!(
-        stream,
-        "{method} {path} HTTP/1.1\r\nHost: {host}\r\n{kind}Content-Length: {}\r\nConnection: close\r\n\r\n",
-        body.len()
+    upload::artifact(
+        &node.registry.host(),
+        "hostile/artifact",
+        case.tag,
+        &[layer],
     )?;
-    stream.write_all(body)?;
-    let mut answer = Vec::new();
-    stream.read_to_end(&mut answer)?;
-    Ok(String::from_utf8_lossy(&answer).into_owned())
+    Ok(())
 }

@@ -4,6 +4,7 @@ pub(crate) mod apply;
 pub(crate) mod containerd;
 pub(crate) mod crash;
 pub(crate) mod failures;
+pub(crate) mod faults;
 pub(crate) mod harness;
 pub(crate) mod hostile;
 pub(crate) mod lifecycle;
