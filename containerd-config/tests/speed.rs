@@ -12,11 +12,8 @@ use std::time::{Duration, Instant};
 use km_containerd_config::Handler;
 use km_containerd_config::edit::{SetOptions, remove_all, set_handlers};
 
-/// The longest that an edit of a node's usual file may take, with a hundred handlers.
+/// The longest that an edit may take: of a node's usual file with a hundred handlers, and of a MiB.
 const LIMIT: Duration = Duration::from_millis(20);
-
-/// The longest that an edit of a MiB may take. The aim is [`LIMIT`] here too; the text is parsed twice, which takes longer.
-const LIMIT_LARGE: Duration = Duration::from_millis(300);
 
 fn handlers(count: usize) -> Vec<Handler> {
     let handler = |number| Handler {
@@ -71,7 +68,7 @@ fn an_edit_is_quick() {
     let large = large();
     let one = handlers(1);
     let large_edited = set_handlers(&large, &one, &options).unwrap().text;
-    let usual = [
+    let times = [
         best("100 handlers added", || {
             drop(set_handlers(text, &hundred, &options).unwrap())
         }),
@@ -81,8 +78,6 @@ fn an_edit_is_quick() {
         best("100 handlers removed", || {
             drop(remove_all(&edited, &[]).unwrap())
         }),
-    ];
-    let large = [
         best("1 handler added to 1 MiB", || {
             drop(set_handlers(&large, &one, &options).unwrap())
         }),
@@ -91,9 +86,7 @@ fn an_edit_is_quick() {
         }),
     ];
     assert!(
-        usual.iter().all(|time| *time < LIMIT),
-        "over {LIMIT:?}: {usual:?}"
+        times.iter().all(|time| *time < LIMIT),
+        "over {LIMIT:?}: {times:?}"
     );
-    let quick = large.iter().all(|time| *time < LIMIT_LARGE);
-    assert!(quick, "over {LIMIT_LARGE:?}: {large:?}");
 }

@@ -106,7 +106,7 @@ pub(super) fn plugin(version: u32) -> &'static str {
 }
 
 /// The text with our handlers in it.
-pub(super) fn compose(base: &Stripped, plan: &Plan<'_>) -> String {
+pub(super) fn compose(base: &Stripped<'_>, plan: &Plan<'_>) -> String {
     let text = base.text.as_str();
     let eol = line_break(text);
     let mut inserts: Vec<(usize, String)> = Vec::new();
@@ -152,7 +152,7 @@ pub(super) fn compose(base: &Stripped, plan: &Plan<'_>) -> String {
 }
 
 /// Where our block goes: where it was, or at the end; never between a header and its keys.
-fn place(base: &Stripped) -> usize {
+fn place(base: &Stripped<'_>) -> usize {
     let Some(at) = base.at else {
         return base.text.len();
     };

@@ -6,7 +6,7 @@
 use serde_json::Value;
 
 use super::compose::{assignment, line_break, plugin, quoted};
-use super::document::Document;
+use super::document::{Document, Of};
 use super::error::EditError;
 use super::marks::{BEGIN_SETTINGS, END};
 use super::verify;
@@ -34,11 +34,10 @@ pub fn add_cri_settings(text: &str, wanted: &Settings, version: u32) -> Result<S
     }
     let eol = line_break(text);
     let mut block = format!("{BEGIN_SETTINGS}{eol}");
-    let path = ["plugins", plugin];
     let header = document
         .sections
         .iter()
-        .find(|section| section.path == path);
+        .find(|section| section.of == Of::Plugin(plugin));
     let mut at = text.len();
     let mut joint = "";
     match header {

@@ -1,15 +1,17 @@
 //! A configuration read for editing: which tables stand where, and what they say.
 //!
-//! The TOML parser is used to read and to find spans, never to write: written back, it would not give the bytes it read.
+//! The text is parsed to read and to find spans, never to be written back: that would not give the bytes that were read.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
-use serde_json::{Map, Value as Json};
-use toml_edit::{InlineTable, Item, Key, Table, TomlError, Value};
+use serde_json::Value as Json;
+use toml_edit::TomlError;
 
 use super::error::ParseError;
 use super::lines::{Lines, bom};
 use super::marks::{self, Marks};
+use super::read::{self, Form, Header, Node, Read, Refusal, Tree, What};
 use super::{FoundHandler, Owner, settings_digest};
 use crate::handler::Settings;
 
@@ -45,14 +47,65 @@ pub struct Document {
 /// A table with a header of its own, and the keys below it.
 #[derive(Debug, Clone)]
 pub(super) struct Section {
-    /// The header's keys; empty for the root.
-    pub(super) path: Vec<String>,
+    /// What it is to us.
+    pub(super) of: Of,
     /// Where the header's line begins.
     pub(super) start: usize,
     /// The number of that line, from 1.
     pub(super) line: usize,
     /// Where the line of the last value (or of the header, if there is none) ends, its line break included.
     pub(super) end: usize,
+}
+
+/// What a section is, by the keys of its header.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Of {
+    /// The table of a CRI plugin.
+    Plugin(&'static str),
+    /// A handler's table, or one below it.
+    Handler {
+        /// The CRI plugin, by either name.
+        plugin: &'static str,
+        /// The handler.
+        name: String,
+    },
+    /// Nothing that we change.
+    Other,
+}
+
+impl Of {
+    fn read(path: &[Cow<'_, str>]) -> Of {
+        let known = |name: &str| PLUGINS.into_iter().find(|plugin| *plugin == name);
+        match path {
+            [plugins, plugin, below @ ..] if plugins == "plugins" => match (known(plugin), below) {
+                (Some(plugin), []) => Of::Plugin(plugin),
+                (Some(plugin), [containerd, runtimes, name, ..])
+                    if containerd == "containerd" && runtimes == "runtimes" =>
+                {
+                    Of::Handler {
+                        plugin,
+                        name: name.to_string(),
+                    }
+                }
+                _ => Of::Other,
+            },
+            _ => Of::Other,
+        }
+    }
+}
+
+impl Section {
+    /// The handler that it belongs to, for either plugin name.
+    pub(super) fn handler(&self) -> Option<&str> {
+        match &self.of {
+            Of::Handler { name, .. } => Some(name),
+            Of::Plugin(_) | Of::Other => None,
+        }
+    }
+
+    fn is_of(&self, handler: &str, in_plugin: &str) -> bool {
+        matches!(&self.of, Of::Handler { plugin, name } if *plugin == in_plugin && name == handler)
+    }
 }
 
 /// A table `runtimes.<name>`, however it is written.
@@ -88,37 +141,31 @@ impl Document {
     /// # Errors
     /// [`ParseError`] when the text is no TOML.
     pub fn parse(text: &str) -> Result<Document, ParseError> {
-        let parsed = toml_edit::Document::parse(text).map_err(|e| parse_error(text, &e))?;
-        let root = parsed.as_table();
-        let lines = Lines::new(text);
-        let mut sections = Sections {
-            text,
-            lines: &lines,
-            found: Vec::new(),
-            multiline: Vec::new(),
-        };
-        sections.root(root);
-        let Sections {
-            mut found,
+        let Read {
+            tree,
+            headers,
+            root_end,
             mut multiline,
-            ..
-        } = sections;
-        found.sort_by_key(|section| section.start);
+            root_arrays,
+        } = read::read(text).map_err(|refusal| parse_error(text, refusal))?;
+        let lines = Lines::new(text);
         multiline.sort_by_key(|range| range.start);
-        let version = root.get("version").map(read_version);
+        let version = tree
+            .get(Tree::ROOT, "version")
+            .map(|found| read_version(text, tree.node(found)));
         let plugin = plugin_of(version.as_ref().and_then(|v| v.as_ref().ok().copied()));
         let marks = marks::find(text, &lines, &multiline);
-        let (tables, obstacle) = read_handlers(&lines, root, plugin);
+        let (tables, obstacle) = read_handlers(&lines, &tree, plugin);
         Ok(Document {
-            tree: table_json(root),
-            sections: found,
+            sections: sections(text, &lines, headers, root_end),
             tables,
             obstacle,
             adopted: read_adopted(text, &lines, &marks, plugin),
             marks,
-            imports: root.get("imports").map(read_imports),
-            root_lines: root_lines(&lines, root),
+            imports: read_imports(&tree, root_arrays),
+            root_lines: root_lines(&lines, &tree),
             version,
+            tree: tree.into_json(),
         })
     }
 
@@ -164,7 +211,7 @@ impl Document {
     pub(super) fn own_names(&self) -> Vec<String> {
         let mut names: Vec<String> = self
             .own_sections()
-            .filter_map(|section| handler_of(&section.path).map(str::to_owned))
+            .filter_map(|section| section.handler().map(str::to_owned))
             .collect();
         names.sort();
         names.dedup();
@@ -174,7 +221,7 @@ impl Document {
     /// The sections in a block of ours that belong to a handler of ours.
     pub(super) fn own_sections(&self) -> impl Iterator<Item = &Section> {
         self.sections.iter().filter(|section| {
-            handler_of(&section.path).is_some_and(|name| {
+            section.handler().is_some_and(|name| {
                 let block = self.marks.block_at(section.start);
                 block.is_some_and(|block| block.owns(name)) && !self.is_taken_over(name)
             })
@@ -191,9 +238,9 @@ impl Document {
     /// The sections of one handler, wherever they stand.
     pub(super) fn sections_of<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a Section> {
         let plugin = self.plugin();
-        self.sections.iter().filter(move |section| {
-            handler_of(&section.path) == Some(name) && section.path[1] == plugin
-        })
+        self.sections
+            .iter()
+            .filter(move |section| section.is_of(name, plugin))
     }
 
     /// The runtime handlers below the name of one plugin, whatever the file's version is.
@@ -210,9 +257,6 @@ impl Document {
         let tables = runtimes.into_iter().flatten();
         tables
             .filter_map(|(name, table)| {
-                let path = |section: &&Section| {
-                    handler_of(&section.path) == Some(name) && section.path[1] == plugin
-                };
                 Some(FoundHandler {
                     name: name.clone(),
                     owner: if own.contains(name) {
@@ -224,7 +268,7 @@ impl Document {
                     line: self
                         .sections
                         .iter()
-                        .find(path)
+                        .find(|section| section.is_of(name, plugin))
                         .map_or(1, |section| section.line),
                 })
             })
@@ -322,21 +366,6 @@ impl Document {
     }
 }
 
-/// The name of the handler that a header path belongs to, for either plugin name.
-pub(super) fn handler_of(path: &[String]) -> Option<&str> {
-    match path {
-        [plugins, plugin, containerd, runtimes, name, ..]
-            if plugins == "plugins"
-                && PLUGINS.contains(&plugin.as_str())
-                && containerd == "containerd"
-                && runtimes == "runtimes" =>
-        {
-            Some(name)
-        }
-        _ => None,
-    }
-}
-
 fn plugin_of(version: Option<u32>) -> &'static str {
     match version {
         Some(0..=2) => PLUGIN_V2,
@@ -345,147 +374,126 @@ fn plugin_of(version: Option<u32>) -> &'static str {
     }
 }
 
-fn parse_error(text: &str, error: &TomlError) -> ParseError {
+/// What is wrong with a text, in the words of `toml_edit`, which are the better ones; it refuses what we refuse.
+fn parse_error(text: &str, refusal: Refusal) -> ParseError {
+    let (offset, message) = match toml_edit::Document::parse(text).err() {
+        Some(error) => (offset_of(text, &error), error.message().to_owned()),
+        None => (refusal.at, refusal.message),
+    };
     let lines = Lines::new(text);
-    let offset = error.span().map_or(text.len(), |span| span.start);
     let start = lines.start(offset.min(text.len()));
     let before = text.get(start..offset).unwrap_or_default();
     ParseError {
         line: lines.number(offset),
         column: before.chars().count() + 1,
-        message: error.message().trim().replace('\n', ", "),
+        message: message.trim().replace('\n', ", "),
     }
 }
 
-fn read_version(item: &Item) -> Result<u32, String> {
-    item.as_integer()
-        .and_then(|number| u32::try_from(number).ok())
-        .ok_or_else(|| item.to_string().trim().to_owned())
+fn offset_of(text: &str, error: &TomlError) -> usize {
+    error.span().map_or(text.len(), |span| span.start)
 }
 
-fn read_imports(item: &Item) -> ImportsValue {
-    let array = item.as_array();
-    let elements = array.into_iter().flatten();
-    ImportsValue {
-        span: array.and_then(toml_edit::Array::span),
-        elements: elements
-            .map(|value| {
-                (
-                    value.as_str().map(str::to_owned),
-                    value.span().unwrap_or_default(),
-                )
-            })
-            .collect(),
-    }
+fn read_version(text: &str, node: &Node<'_>) -> Result<u32, String> {
+    let What::Value { json, span } = &node.what else {
+        return Err("a table".to_owned());
+    };
+    let number = json.as_u64().and_then(|number| u32::try_from(number).ok());
+    number.ok_or_else(|| text[span.clone()].to_owned())
 }
 
-fn root_lines(lines: &Lines<'_>, root: &Table) -> Vec<(String, usize)> {
-    root.iter()
-        .filter_map(|(name, _)| {
-            let span = root.key(name)?.span()?;
-            Some((name.to_owned(), lines.number(span.start)))
-        })
+fn read_imports(
+    tree: &Tree<'_>,
+    root_arrays: Vec<(Range<usize>, Vec<read::Element>)>,
+) -> Option<ImportsValue> {
+    let node = tree.node(tree.get(Tree::ROOT, "imports")?);
+    let found = match &node.what {
+        What::Value { span, .. } => root_arrays.into_iter().find(|(array, _)| array == span),
+        _ => None,
+    };
+    let (span, elements) = found.unzip();
+    Some(ImportsValue {
+        span,
+        elements: elements.unwrap_or_default(),
+    })
+}
+
+fn root_lines(lines: &Lines<'_>, tree: &Tree<'_>) -> Vec<(String, usize)> {
+    let keys = tree.children(Tree::ROOT).map(|child| tree.node(child));
+    keys.map(|node| (node.name.to_string(), lines.number(node.key_at)))
         .collect()
 }
 
-/// Collects the sections, and the values that go over several lines.
-struct Sections<'a> {
-    text: &'a str,
-    lines: &'a Lines<'a>,
-    found: Vec<Section>,
-    multiline: Vec<Range<usize>>,
-}
-
-impl Sections<'_> {
-    fn root(&mut self, root: &Table) {
-        let start = bom(self.text);
-        self.found.push(Section {
-            path: Vec::new(),
-            start,
-            line: 1,
-            end: start,
-        });
-        self.keys(root, &mut Vec::new(), 0);
-    }
-
-    fn header(&mut self, table: &Table, path: &mut Vec<String>) {
-        let span = table.span().unwrap_or_default();
-        let index = self.found.len();
-        self.found.push(Section {
-            path: path.clone(),
-            start: self.lines.start(span.start),
-            line: self.lines.number(span.start),
-            end: self.lines.end(span.end),
-        });
-        self.keys(table, path, index);
-    }
-
-    /// Walks the keys of a table. Values and dotted tables belong to the section at `index`.
-    fn keys(&mut self, table: &Table, path: &mut Vec<String>, index: usize) {
-        for (name, item) in table.iter() {
-            path.push(name.to_owned());
-            match item {
-                Item::None => {}
-                Item::Value(value) => self.value(value, index),
-                Item::Table(inner) if inner.is_implicit() => self.keys(inner, path, index),
-                Item::Table(inner) => self.header(inner, path),
-                Item::ArrayOfTables(tables) => {
-                    for inner in tables {
-                        self.header(inner, path);
-                    }
-                }
-            }
-            path.pop();
+/// The root and every table with a header, by whole lines.
+fn sections(
+    text: &str,
+    lines: &Lines<'_>,
+    headers: Vec<Header<'_>>,
+    root_end: Option<usize>,
+) -> Vec<Section> {
+    let start = bom(text);
+    let root = Section {
+        of: Of::Other,
+        start,
+        line: 1,
+        end: root_end.map_or(start, |end| lines.end(end)),
+    };
+    let headers = headers.iter().map(|header| {
+        let line = lines.number(header.span.start);
+        Section {
+            of: Of::read(&header.path),
+            start: lines.start_of(line),
+            line,
+            end: lines.end(header.end),
         }
-    }
-
-    fn value(&mut self, value: &Value, index: usize) {
-        let Some(span) = value.span() else { return };
-        if self.text[span.clone()].contains('\n') {
-            self.multiline.push(span.clone());
-        }
-        let end = self.lines.end(span.end);
-        let section = &mut self.found[index];
-        section.end = section.end.max(end);
-    }
+    });
+    std::iter::once(root).chain(headers).collect()
 }
 
 /// Reads the handler tables below `plugins.<plugin>.containerd.runtimes`, and what stands in the way of adding one.
 fn read_handlers(
     lines: &Lines<'_>,
-    root: &Table,
+    tree: &Tree<'_>,
     plugin: &str,
 ) -> (Vec<HandlerTable>, Option<Obstacle>) {
-    let mut at = root;
+    let path = ["plugins", plugin, "containerd", "runtimes"];
+    let mut at = Tree::ROOT;
     let mut obstacle = None;
-    for key in ["plugins", plugin, "containerd", "runtimes"] {
-        let Some((written, item)) = at.get_key_value(key) else {
+    for (depth, key) in path.iter().enumerate() {
+        let Some(found) = tree.get(at, key) else {
             return (Vec::new(), obstacle);
         };
+        let node = tree.node(found);
         if obstacle.is_none() {
-            obstacle = obstacle_of(lines, written, item);
+            obstacle = obstacle_of(lines, node);
         }
-        match item {
-            Item::Table(table) => at = table,
-            Item::Value(Value::InlineTable(inline)) => {
-                return (read_inline(lines, inline, key, plugin), obstacle);
+        match &node.what {
+            What::Table(_) => at = found,
+            What::Value { json, .. } => {
+                let line = lines.number(node.key_at);
+                return (read_inline(json, &path[depth + 1..], line), obstacle);
             }
-            _ => return (Vec::new(), obstacle),
+            What::Tables(_) => return (Vec::new(), obstacle),
         }
     }
-    let tables = at
-        .iter()
-        .filter_map(|(name, item)| {
-            let settings = match item_json(item) {
+    let tables = tree
+        .children(at)
+        .filter_map(|child| {
+            let node = tree.node(child);
+            let settings = match tree.json(child) {
                 Json::Object(settings) => settings,
                 _ => return None,
             };
-            let key = at.key(name)?;
+            let (at, has_own_lines) = match node.what {
+                What::Table(Form::Header(start)) => (start, true),
+                What::Table(form) => (node.key_at, form != Form::Dotted),
+                _ => (node.key_at, false),
+            };
             Some(HandlerTable {
-                name: name.to_owned(),
-                line: header_line(lines, item, key),
+                name: node.name.to_string(),
+                line: lines.number(at),
                 settings,
-                has_own_lines: item.as_table().is_some_and(|table| !table.is_dotted()),
+                has_own_lines,
             })
         })
         .collect();
@@ -500,10 +508,10 @@ fn read_adopted(text: &str, lines: &Lines<'_>, marks: &Marks, plugin: &str) -> V
     });
     let kept_text: String = kept.collect();
     // What cannot be read is not reported here; giving it back says what is wrong with it.
-    let Ok(parsed) = toml_edit::Document::parse(kept_text.as_str()) else {
+    let Ok(read) = read::read(&kept_text) else {
         return Vec::new();
     };
-    let (mut tables, _) = read_handlers(&Lines::new(&kept_text), parsed.as_table(), plugin);
+    let (mut tables, _) = read_handlers(&Lines::new(&kept_text), &read.tree, plugin);
     for table in &mut tables {
         let start = marks.kept.get(table.line - 1).copied().unwrap_or(0);
         table.line = lines.number(start);
@@ -511,94 +519,33 @@ fn read_adopted(text: &str, lines: &Lines<'_>, marks: &Marks, plugin: &str) -> V
     tables
 }
 
-fn obstacle_of(lines: &Lines<'_>, key: &Key, item: &Item) -> Option<Obstacle> {
-    let what = match item {
-        Item::Table(table) if table.is_dotted() => "is written with dotted keys",
-        Item::Value(Value::InlineTable(_)) => "is an inline table",
-        Item::Value(_) => "is no table",
-        Item::ArrayOfTables(_) => "is an array of tables",
-        _ => return None,
+fn obstacle_of(lines: &Lines<'_>, node: &Node<'_>) -> Option<Obstacle> {
+    let what = match &node.what {
+        What::Table(Form::Dotted) => "is written with dotted keys",
+        What::Table(_) => return None,
+        What::Value { json, .. } if json.is_object() => "is an inline table",
+        What::Value { .. } => "is no table",
+        What::Tables(_) => "is an array of tables",
     };
     Some(Obstacle {
-        line: lines.number(key.span().unwrap_or_default().start),
-        key: key.get().to_owned(),
+        line: lines.number(node.key_at),
+        key: node.name.to_string(),
         what,
     })
 }
 
-/// Handlers inside an inline table that stands at `key` of the path to the runtimes.
-fn read_inline(
-    lines: &Lines<'_>,
-    inline: &InlineTable,
-    key: &str,
-    plugin: &str,
-) -> Vec<HandlerTable> {
-    let path = ["plugins", plugin, "containerd", "runtimes"];
-    let below = path.iter().skip_while(|part| **part != key).skip(1);
-    let mut at = inline;
-    for part in below {
-        match at.get(part).and_then(Value::as_inline_table) {
-            Some(inner) => at = inner,
-            None => return Vec::new(),
-        }
-    }
-    let line = lines.number(at.span().unwrap_or_default().start);
-    at.iter()
-        .filter_map(|(name, value)| match value_json(value) {
-            Json::Object(settings) => Some(HandlerTable {
-                name: name.to_owned(),
+/// Handlers inside an inline table on this line, below the keys of `path`.
+fn read_inline(json: &Json, path: &[&str], line: usize) -> Vec<HandlerTable> {
+    let runtimes = path.iter().try_fold(json, |at, key| at.get(key));
+    let tables = runtimes.and_then(Json::as_object).into_iter().flatten();
+    tables
+        .filter_map(|(name, table)| {
+            Some(HandlerTable {
+                name: name.clone(),
                 line,
-                settings,
+                settings: table.as_object()?.clone(),
                 has_own_lines: false,
-            }),
-            _ => None,
+            })
         })
         .collect()
-}
-
-fn header_line(lines: &Lines<'_>, item: &Item, key: &Key) -> usize {
-    let header = item
-        .as_table()
-        .filter(|table| !table.is_implicit())
-        .and_then(Table::span);
-    let span = header.or_else(|| key.span()).unwrap_or_default();
-    lines.number(span.start)
-}
-
-fn table_json(table: &Table) -> Map<String, Json> {
-    table
-        .iter()
-        .filter(|(_, item)| !item.is_none())
-        .map(|(name, item)| (name.to_owned(), item_json(item)))
-        .collect()
-}
-
-fn item_json(item: &Item) -> Json {
-    match item {
-        Item::None => Json::Null,
-        Item::Value(value) => value_json(value),
-        Item::Table(table) => Json::Object(table_json(table)),
-        Item::ArrayOfTables(tables) => {
-            Json::Array(tables.iter().map(|t| Json::Object(table_json(t))).collect())
-        }
-    }
-}
-
-/// A TOML value as JSON. What JSON does not have (dates, infinities) becomes an object that no table is mistaken for.
-fn value_json(value: &Value) -> Json {
-    match value {
-        Value::String(text) => Json::String(text.value().clone()),
-        Value::Integer(number) => Json::from(*number.value()),
-        Value::Float(number) if number.value().is_finite() => Json::from(*number.value()),
-        Value::Float(number) => serde_json::json!({ "$float": number.value().to_string() }),
-        Value::Boolean(flag) => Json::Bool(*flag.value()),
-        Value::Datetime(date) => serde_json::json!({ "$date": date.value().to_string() }),
-        Value::Array(list) => Json::Array(list.iter().map(value_json).collect()),
-        Value::InlineTable(table) => Json::Object(
-            table
-                .iter()
-                .map(|(name, value)| (name.to_owned(), value_json(value)))
-                .collect(),
-        ),
-    }
 }

@@ -8,9 +8,9 @@ pub(super) struct Lines<'a> {
 
 impl<'a> Lines<'a> {
     pub(super) fn new(text: &'a str) -> Lines<'a> {
-        let breaks = text.bytes().enumerate().filter(|(_, byte)| *byte == b'\n');
+        let breaks = memchr::memchr_iter(b'\n', text.as_bytes());
         // The first line begins after a byte order mark, so that nothing of ours ever stands before it.
-        let starts = std::iter::once(bom(text)).chain(breaks.map(|(at, _)| at + 1));
+        let starts = std::iter::once(bom(text)).chain(breaks.map(|at| at + 1));
         Lines {
             text,
             starts: starts.collect(),
@@ -41,9 +41,11 @@ impl<'a> Lines<'a> {
 
     /// Each line that has any text: its offset, and the line with its line break.
     pub(super) fn iter(&self) -> impl Iterator<Item = (usize, &'a str)> {
+        let ends = self.starts.iter().skip(1).copied();
         self.starts
             .iter()
-            .map(|start| (*start, &self.text[*start..self.end(*start)]))
+            .zip(ends.chain(std::iter::once(self.text.len())))
+            .map(|(start, end)| (*start, &self.text[*start..end]))
             .filter(|(_, line)| !line.is_empty())
     }
 }

@@ -14,6 +14,7 @@ mod error;
 mod imports;
 mod lines;
 mod marks;
+mod read;
 mod strip;
 mod template;
 #[cfg(test)]
@@ -185,7 +186,7 @@ pub fn set_handlers(
     let orphans = orphans(&document, options.recorded)?;
     let stripped = strip::strip(text, &document, &orphans)?;
     if wanted.is_empty() {
-        return removed(document, stripped);
+        return removed(&document, stripped);
     }
     refuse_disabled(&document)?;
     let version = version_to_use(&document, &stripped.document, options)?;
@@ -237,11 +238,11 @@ pub fn remove_all(text: &str, recorded: &[Handler]) -> Result<Edited, EditError>
     let document = Document::parse(text)?;
     let orphans = orphans(&document, recorded)?;
     let stripped = strip::strip(text, &document, &orphans)?;
-    removed(document, stripped)
+    removed(&document, stripped)
 }
 
-fn removed(document: Document, stripped: Stripped) -> Result<Edited, EditError> {
-    verify::default_runtime(&document, &stripped.document, &stripped.restated)?;
+fn removed(document: &Document, stripped: Stripped<'_>) -> Result<Edited, EditError> {
+    verify::default_runtime(document, &stripped.document, &stripped.restated)?;
     let created = document.marks.created();
     let blank = stripped
         .text
@@ -319,7 +320,7 @@ pub(crate) fn refuse_disabled(document: &Document) -> Result<(), EditError> {
     }
 }
 
-fn refuse_obstacle(text: &str, stripped: &Stripped, version: u32) -> Result<(), EditError> {
+fn refuse_obstacle(text: &str, stripped: &Stripped<'_>, version: u32) -> Result<(), EditError> {
     match &stripped.document.obstacle {
         None => Ok(()),
         Some(obstacle) => Err(EditError::NotExtendable {
@@ -334,7 +335,7 @@ fn refuse_obstacle(text: &str, stripped: &Stripped, version: u32) -> Result<(), 
 /// Names of the foreign handlers that ours take the place of; all of them must be, or have been, adopted.
 fn displaced(
     text: &str,
-    stripped: &Stripped,
+    stripped: &Stripped<'_>,
     wanted: &[Handler],
     adopt: &[String],
 ) -> Result<Vec<String>, EditError> {
@@ -435,7 +436,7 @@ fn tables(document: &Document, wanted: &[Handler], kept: &[Drift]) -> Vec<compos
 }
 
 /// Our handlers in the text before the edit, those that are only restated left out.
-fn present(document: &Document, stripped: &Stripped) -> BTreeMap<String, Settings> {
+fn present(document: &Document, stripped: &Stripped<'_>) -> BTreeMap<String, Settings> {
     let names = difference(&stripped.removed, &stripped.restated);
     names
         .into_iter()
@@ -446,7 +447,7 @@ fn present(document: &Document, stripped: &Stripped) -> BTreeMap<String, Setting
 /// Whether the text says what is wanted already, with our lines whole: then not a byte of it changes.
 fn is_as_wanted(
     document: &Document,
-    stripped: &Stripped,
+    stripped: &Stripped<'_>,
     wanted: &[compose::OurTable],
     before: &BTreeMap<String, Settings>,
     displaced: &[String],

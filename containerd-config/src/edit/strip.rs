@@ -1,8 +1,9 @@
 //! Taking everything of ours out of a text: the inverse of `compose`.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
-use super::document::{Document, Section, handler_of};
+use super::document::{Document, Section};
 use super::error::EditError;
 use super::lines::{Lines, bom};
 use super::marks::{Block, KEPT};
@@ -10,9 +11,10 @@ use super::verify;
 
 /// A text without anything of ours.
 #[derive(Debug)]
-pub(super) struct Stripped {
+pub(super) struct Stripped<'d> {
     pub(super) text: String,
-    pub(super) document: Document,
+    /// That text as read: the document from before if nothing was taken out.
+    pub(super) document: Cow<'d, Document>,
     /// Where our block stood, in this text.
     pub(super) at: Option<usize>,
     /// The handlers of ours that were taken out.
@@ -27,12 +29,12 @@ pub(super) struct Stripped {
     pub(super) has_orphans: bool,
 }
 
-impl Stripped {
+impl<'d> Stripped<'d> {
     /// A text that has nothing of ours.
-    fn nothing(text: &str, document: &Document) -> Stripped {
+    fn nothing(text: &str, document: &'d Document) -> Stripped<'d> {
         Stripped {
             text: text.to_owned(),
-            document: document.clone(),
+            document: Cow::Borrowed(document),
             at: None,
             removed: Vec::new(),
             restated: Vec::new(),
@@ -55,11 +57,11 @@ impl Stripped {
 }
 
 /// Takes out our block, the version that we gave, the tables of `orphans`, and the marks before adopted lines.
-pub(super) fn strip(
+pub(super) fn strip<'d>(
     text: &str,
-    document: &Document,
+    document: &'d Document,
     orphans: &[String],
-) -> Result<Stripped, EditError> {
+) -> Result<Stripped<'d>, EditError> {
     if document.marks.is_empty() && orphans.is_empty() {
         return Ok(Stripped::nothing(text, document));
     }
@@ -87,7 +89,7 @@ pub(super) fn strip(
     verify::stripped(document, &removed, &stripped, &given_back)?;
     Ok(Stripped {
         text,
-        document: stripped,
+        document: Cow::Owned(stripped),
         at,
         removed,
         restated,
@@ -107,12 +109,12 @@ fn given_back(before: &Document, after: &Document) -> Vec<String> {
         .sections
         .iter()
         .filter(|section| !own.contains(&section.start))
-        .filter_map(|section| handler_of(&section.path))
+        .filter_map(|section| section.handler())
         .collect();
     let mut names: Vec<String> = after
         .sections
         .iter()
-        .filter_map(|section| handler_of(&section.path))
+        .filter_map(|section| section.handler())
         .filter(|name| !foreign.contains(name))
         .map(str::to_owned)
         .collect();

@@ -54,6 +54,13 @@ pub(crate) const TESTS: &[Test] = &[
         "cdi_is_switched_on_where_nobody_said",
         cdi_is_switched_on_where_nobody_said,
     ),
+    ("handler_settings_1_6", |s| {
+        handler_settings(s, Version::V1_6)
+    }),
+    ("handler_settings_1_7", |s| {
+        handler_settings(s, Version::V1_7)
+    }),
+    ("handler_settings_2_x", |s| handler_settings(s, Version::V2)),
 ];
 
 /// A node whose containerd's files and placement are as told.
@@ -547,5 +554,45 @@ fn cdi_is_switched_on_where_nobody_said(sandbox: &Sandbox) -> Result<()> {
     let config = node.containerd.cri().config()?;
     ensure!(config["enableCDI"] == false, "the user's own value is gone");
     node.uninstall(theirs.as_bytes(), &["runc"])?;
+    Ok(())
+}
+
+/// What a class sets of its handler is what containerd has in force, and pods run with it; without it, the class's own is back.
+fn handler_settings(sandbox: &Sandbox, version: Version) -> Result<()> {
+    let node = Node::start(sandbox, &Options::new(version))?;
+    let original = fs::read(node.containerd.config())?;
+    let kind = "  runtimeType: io.containerd.runc.v2\n";
+    let settings = "  handlerSettings:\n    privilegedWithoutHostDevices: true\n    \
+                    podAnnotations: [\"example.com/*\"]\n    containerAnnotations: [\"example.com/c\"]\n";
+    node.reconfigure(kind, &format!("{kind}{settings}"))?;
+    node.apply(&[DEMO])?;
+    let in_force = || -> Result<serde_json::Value> {
+        let config = node.containerd.cri().config()?;
+        Ok(config["containerd"]["runtimes"][DEMO].clone())
+    };
+    let has = |list: &serde_json::Value, wanted: &str| {
+        list.as_array()
+            .is_some_and(|list| list.iter().any(|item| item == wanted))
+    };
+    let found = in_force()?;
+    ensure!(
+        found["privileged_without_host_devices"] == true
+            && has(&found["PodAnnotations"], "example.com/*")
+            && has(&found["ContainerAnnotations"], "example.com/c"),
+        "{found:#}"
+    );
+    node.demo_runs()?;
+    let again = node.km.expect(&["apply"], 0)?;
+    ensure!(again.stdout.starts_with("Nothing to do"), "{again}");
+
+    node.reconfigure(settings, "")?;
+    node.apply(&[DEMO])?;
+    let found = in_force()?;
+    ensure!(
+        found["privileged_without_host_devices"] != true
+            && !has(&found["PodAnnotations"], "example.com/*"),
+        "{found:#}"
+    );
+    node.uninstall(&original, &["runc"])?;
     Ok(())
 }
