@@ -85,6 +85,11 @@ impl Store {
     ) -> Result<Record> {
         let path = self.blob_path(layer);
         let blob = File::open(&path).map_err(HostError::io("open", &path))?;
+        let length = blob
+            .metadata()
+            .map_err(HostError::io("look at", &path))?
+            .len();
+        let limits = &limits.of_layer(format, length);
         let mut output = StoreOutput {
             store: self,
             pending: Vec::new(),

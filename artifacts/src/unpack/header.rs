@@ -17,6 +17,9 @@ const EXTENSION_MAX: u64 = 1 << 20;
 /// How many extended headers may precede one entry.
 const EXTENSIONS_MAX: usize = 16;
 
+/// What the four ways of writing a sparse file are told as (GNU tar manual, "Storing Sparse Files").
+const SPARSE: &str = "a sparse file (archive it without --sparse)";
+
 /// What an entry is, as far as we accept it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
@@ -115,9 +118,7 @@ fn finish(raw: &tar::Header, extensions: Extensions) -> Result<Header, HeaderErr
     };
     let size = match extensions.size {
         Some(size) => size,
-        None => raw
-            .entry_size()
-            .map_err(|_| refuse(Refusal::Header { what: "its size" }))?,
+        None => size(raw).ok_or_else(|| refuse(Refusal::Header { what: "its size" }))?,
     };
     if kind != Kind::File && size != 0 {
         return Err(refuse(Refusal::Header {
@@ -136,6 +137,16 @@ fn finish(raw: &tar::Header, extensions: Extensions) -> Result<Header, HeaderErr
     })
 }
 
+/// The size field: octal digits, or a number in base 256 behind a byte of 0x80 (GNU tar), of which the tar crate takes the last
+/// eight bytes, whatever the others say.
+fn size(raw: &tar::Header) -> Option<u64> {
+    let field = &raw.as_old().size;
+    if field[0] & 0x80 != 0 && field[..4] != [0x80, 0, 0, 0] {
+        return None;
+    }
+    raw.entry_size().ok()
+}
+
 fn kind(raw: &tar::Header, name: &[u8]) -> Result<Kind, Refusal> {
     let what = match raw.entry_type().as_byte() {
         // Before ustar a folder was a file whose name ends with a slash.
@@ -147,7 +158,7 @@ fn kind(raw: &tar::Header, name: &[u8]) -> Result<Kind, Refusal> {
         b'3' => "a character device",
         b'4' => "a block device",
         b'6' => "a fifo",
-        b'S' => "a sparse file (archive it without --sparse)",
+        b'S' => SPARSE,
         _ => "of an unknown kind",
     };
     Err(Refusal::Kind { what })
@@ -185,6 +196,8 @@ fn read_block(input: &mut impl Read) -> io::Result<Option<[u8; BLOCK]>> {
 enum ExtensionError {
     Io(io::Error),
     Malformed(&'static str),
+    /// It says that the entry is of a kind that is not accepted.
+    Kind(&'static str),
 }
 
 impl From<io::Error> for ExtensionError {
@@ -199,13 +212,12 @@ fn named(name: &[u8]) -> impl Fn(ExtensionError) -> HeaderError + '_ {
         ExtensionError::Malformed(what) => {
             HeaderError::Refused(name.to_owned(), Refusal::Header { what })
         }
+        ExtensionError::Kind(what) => HeaderError::Refused(name.to_owned(), Refusal::Kind { what }),
     }
 }
 
 fn extension(input: &mut impl Read, raw: &tar::Header) -> Result<Vec<u8>, ExtensionError> {
-    let size = raw
-        .entry_size()
-        .map_err(|_| ExtensionError::Malformed("the size of an extended header"))?;
+    let size = size(raw).ok_or(ExtensionError::Malformed("the size of an extended header"))?;
     if size > EXTENSION_MAX {
         return Err(ExtensionError::Malformed("an extended header over 1 MiB"));
     }
@@ -240,16 +252,15 @@ fn pax(
             b"path" => into.name = Some(value.to_owned()),
             b"linkpath" => into.target = Some(value.to_owned()),
             b"size" => {
-                let size = std::str::from_utf8(value)
-                    .ok()
+                let digits = std::str::from_utf8(value).ok();
+                let size = digits
+                    .filter(|text| text.bytes().all(|byte| byte.is_ascii_digit()))
                     .and_then(|text| text.parse().ok())
                     .ok_or(ExtensionError::Malformed("a PAX size"))?;
                 into.size = Some(size);
             }
             _ if key.starts_with(b"GNU.sparse.") => {
-                return Err(ExtensionError::Malformed(
-                    "a sparse file (archive it without --sparse)",
-                ));
+                return Err(ExtensionError::Kind(SPARSE));
             }
             _ => {}
         }

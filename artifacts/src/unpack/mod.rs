@@ -33,6 +33,23 @@ pub struct Limits {
     pub ratio_free_bytes: u64,
 }
 
+impl Limits {
+    /// The same for a layer of `bytes` bytes, which cannot hold more than its format lets it: so no header can claim room for a
+    /// file that the layer has not.
+    pub(crate) fn of_layer(&self, format: Format, bytes: u64) -> Limits {
+        let most = match format {
+            Format::Tar => bytes,
+            Format::TarGzip | Format::TarZstd => {
+                bytes.saturating_mul(self.ratio).max(self.ratio_free_bytes)
+            }
+        };
+        Limits {
+            unpacked_bytes: self.unpacked_bytes.min(most),
+            ..self.clone()
+        }
+    }
+}
+
 impl Default for Limits {
     /// 100,000 paths and 16 GiB are far above a guest image with its kernel modules. DEFLATE itself cannot exceed 1032:1
     /// (zlib technical details, "Maximum Compression Factor"), and a disk image that reaches 1000:1 is zeros.

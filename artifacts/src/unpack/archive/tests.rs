@@ -8,6 +8,8 @@ use tar::{Builder, EntryType};
 
 use super::*;
 
+mod table;
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Kept {
     bytes: Vec<u8>,
@@ -336,7 +338,7 @@ fn hostile_pax_is_refused() {
         (vec![("path", b"a\0b")], Refusal::ControlCharacter),
         (
             vec![("GNU.sparse.map", b"0,1")],
-            Refusal::Header {
+            Refusal::Kind {
                 what: "a sparse file (archive it without --sparse)",
             },
         ),

@@ -121,11 +121,11 @@ fn cases() -> Result<Vec<Case>> {
     ];
     cases.push(Case {
         media_type: TAR_GZIP,
-        ..Case::tar("gzip-bomb", gzip_bomb()?, &["1000"])
+        ..Case::tar("gzip-bomb", gzip_bomb()?, &["unpacks to more than"])
     });
     cases.push(Case {
         media_type: TAR_ZSTD,
-        ..Case::tar("zstd-bomb", zstd_bomb(), &["1000"])
+        ..Case::tar("zstd-bomb", zstd_bomb(), &["unpacks to more than"])
     });
     for (tag, title) in [
         ("title-dotdot", "../evil"),
