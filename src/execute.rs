@@ -133,10 +133,13 @@ async fn make_generation(
     // What is damaged is fetched again.
     node.store.discard(&seen.damages)?;
     output::to_stderr(&format!("{}: {reference}", seen.class.name));
+    // It is kept under the configured reference, not under the pinned one: so the name moves with its tag, and is the one that is
+    // looked for when the registry cannot be reached.
+    let kept_as = &artifacts.url.reference;
     let artifact = km_artifacts::pull(
         &node.store,
         client,
-        reference,
+        kept_as,
         resolved,
         &Limits::default(),
         &Shown::new("fetched"),
@@ -145,7 +148,7 @@ async fn make_generation(
     let index = resolved.index.as_ref();
     let index = index.map(|(digest, bytes)| (digest, bytes.as_slice()));
     node.store
-        .keep_signatures(reference, index, &verified.evidence)?;
+        .keep_signatures(kept_as, index, &verified.evidence)?;
     let derived = derive(node, seen, &artifact, number)?;
     let mut meta = meta(artifacts, seen, resolved.digest.clone());
     meta.signers.clone_from(&verified.signers);

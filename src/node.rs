@@ -206,7 +206,10 @@ impl Node {
             let read = PublicKey::from_pem(&pem).map_err(|error| {
                 Failure::because(
                     Kind::Configuration,
-                    format!("{path}, which {setting} names, cannot be used"),
+                    format!(
+                        "{path}, which {setting} names{}, cannot be used",
+                        self.line_of(path)
+                    ),
                     error,
                 )
             })?;
@@ -269,8 +272,23 @@ impl Node {
         read().with_context(|| {
             Failure::new(
                 Kind::Configuration,
-                format!("cannot read {path}, which {key} names"),
+                format!(
+                    "cannot read {path}, which {key} names{}",
+                    self.line_of(path)
+                ),
             )
+        })
+    }
+
+    /// Where the configuration names a path, in words.
+    fn line_of(&self, path: &HostPath) -> String {
+        let text = String::from_utf8_lossy(&self.config_bytes);
+        let line = text.lines().position(|line| {
+            let mut words = line.split([' ', ',', '[', ']', '{', '}', '"', '\'']);
+            words.any(|word| word == path.as_str())
+        });
+        line.map_or_else(String::new, |at| {
+            format!(" in line {} of the configuration", at + 1)
         })
     }
 }

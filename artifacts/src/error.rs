@@ -260,10 +260,13 @@ impl Error {
 /// The most rejected signatures that a message lists.
 const LISTED: usize = 8;
 
+/// How to sign with a key of one's own and nothing of sigstore's public services. cosign 2 knows no `--use-signing-config`.
+const SIGN: &str = "cosign sign --key cosign.key --use-signing-config=false --tlog-upload=false";
+
 fn untrusted(what: &str, sign: &str, keys: &[Digest], rejected: &[Rejected]) -> String {
     if rejected.is_empty() {
         return format!(
-            "{what} is not signed, and its policy demands a signature; sign it with \"cosign sign --key cosign.key {sign}\""
+            "{what} is not signed, and its policy demands a signature; sign it with \"{SIGN} {sign}\""
         );
     }
     let mut text = format!("{what} has no signature that counts; found were:");
@@ -275,7 +278,7 @@ fn untrusted(what: &str, sign: &str, keys: &[Digest], rejected: &[Rejected]) -> 
     }
     let keys: Vec<String> = keys.iter().map(ToString::to_string).collect();
     text.push_str(&format!(
-        "\nTrusted keys: {}. If one of them should have signed it: \"cosign sign --key cosign.key {sign}\"",
+        "\nTrusted keys: {}. If one of them should have signed it: \"{SIGN} {sign}\"",
         keys.join(", ")
     ));
     text

@@ -4,12 +4,12 @@ use anyhow::{Context as _, Result};
 use serde_json::json;
 
 use super::Global;
-use crate::config::{self, Config};
+use crate::config::Config;
 use crate::output;
 
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum Command {
-    /// Check the configuration file.
+    /// Check the configuration file, and the files of keys, certificates and credentials that it names.
     Check,
     /// Print the JSON Schema of the configuration file.
     Schema,
@@ -18,8 +18,11 @@ pub(super) enum Command {
 pub(super) fn run(global: &Global, command: &Command) -> Result<()> {
     match command {
         Command::Check => {
-            let (config, _) = config::load(&global.config)?;
-            let names: Vec<&str> = config
+            let node = global.node()?;
+            // Made of the files that registry.* names, and asked nothing.
+            node.registry()?;
+            let names: Vec<&str> = node
+                .config
                 .runtime_classes
                 .iter()
                 .map(|class| class.name.as_str())

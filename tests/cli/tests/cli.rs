@@ -247,6 +247,25 @@ fn wrong_configurations() {
 }
 
 #[test]
+fn files_that_the_configuration_names_are_checked() {
+    for (name, more) in [
+        (
+            "no_such_key",
+            "verify: {policy: key, keys: [/etc/kata-manager/none.pub]}\n",
+        ),
+        (
+            "no_such_authority",
+            "registry: {caFile: /etc/kata-manager/none.pem}\n",
+        ),
+    ] {
+        let place = Place::new(Some(&format!("{GPU}{more}")));
+        let said = place.run(&["config", "check"]);
+        assert_eq!(said.code, 4, "{said}");
+        assert_snapshot!(format!("config_with_{name}"), said);
+    }
+}
+
+#[test]
 fn a_right_configuration() {
     let place = Place::new(Some(GPU));
     assert_snapshot!("config_check", place.run(&["config", "check"]));

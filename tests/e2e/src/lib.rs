@@ -33,6 +33,7 @@ pub mod process;
 pub mod provider;
 pub mod proxy;
 pub mod qemu;
+mod referrers;
 pub mod registry;
 pub mod sandbox;
 pub mod suite;

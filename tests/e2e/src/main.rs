@@ -40,6 +40,7 @@ fn main() -> Result<ExitCode> {
         ("failures", tests::failures::TESTS),
         ("crash", tests::crash::TESTS),
         ("faults", tests::faults::TESTS),
+        ("layout", tests::layout::TESTS),
         ("lifecycle", tests::lifecycle::TESTS),
         ("lock", tests::lock::TESTS),
         ("hostile", tests::hostile::TESTS),

@@ -16,6 +16,7 @@ pub const ALL: &[&str] = &[
     "containerd-2.x",
     "tools",
     "oras",
+    "skopeo",
     "cosign",
     "qemu",
     "strace",
@@ -102,6 +103,11 @@ impl Parts {
     /// `oras`.
     pub fn oras(&self) -> PathBuf {
         self.tree("oras", "usr/bin/oras")
+    }
+
+    /// A launcher of Debian's skopeo.
+    pub fn skopeo(&self) -> PathBuf {
+        self.dir.join("bin/skopeo")
     }
 
     /// `cosign`.

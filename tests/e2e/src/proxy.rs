@@ -5,6 +5,7 @@
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -13,6 +14,7 @@ use anyhow::{Context, Result};
 use rustix::net::sockopt::set_socket_linger;
 
 use crate::http::{Request, read_head};
+use crate::referrers;
 use crate::sandbox::Sandbox;
 
 /// What happens to a response.
@@ -59,6 +61,8 @@ struct State {
     rules: Vec<Rule>,
     headers: Vec<Header>,
     requests: Vec<Request>,
+    /// The storage of a registry whose referrers are listed.
+    referrers: Option<PathBuf>,
     /// Bytes of bodies that went to clients.
     bytes: u64,
 }
@@ -125,6 +129,13 @@ impl Proxy {
         });
     }
 
+    /// Serves the referrers API, which the registry behind has not, over its storage ([`Registry::storage`]); or not any more.
+    ///
+    /// [`Registry::storage`]: crate::registry::Registry::storage
+    pub fn serve_referrers(&self, storage: Option<PathBuf>) {
+        lock(&self.state).referrers = storage;
+    }
+
     /// Lets everything pass again.
     pub fn clear(&self) {
         let mut state = lock(&self.state);
@@ -181,6 +192,11 @@ fn serve(mut client: &TcpStream, upstream: u16, state: &Mutex<State>) -> io::Res
         return client.write_all(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n");
     };
     let path = request.path.clone();
+    let storage = lock(state).referrers.clone();
+    if let Some(listed) = storage.and_then(|storage| referrers::answer(&storage, &request)) {
+        lock(state).requests.push(request);
+        return client.write_all(&listed);
+    }
     let fate = admit(state, request);
     if let Some(Fault::Redirect(port)) = fate.fault {
         let answer = format!(

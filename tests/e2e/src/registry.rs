@@ -163,11 +163,16 @@ impl Registry {
     /// The file that holds a blob (`sha256:...`), for tests that damage one at rest.
     pub fn blob_file(&self, digest: &str) -> PathBuf {
         let hex = digest.trim_start_matches("sha256:");
-        self.dir
-            .join("data/docker/registry/v2/blobs/sha256")
+        self.storage()
+            .join("blobs/sha256")
             .join(&hex[..2])
             .join(hex)
             .join("data")
+    }
+
+    /// The folder below which it keeps blobs and repositories.
+    pub fn storage(&self) -> PathBuf {
+        self.dir.join("data/docker/registry/v2")
     }
 
     /// The last lines of its log.

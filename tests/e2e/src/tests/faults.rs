@@ -9,6 +9,7 @@ mod observer;
 mod picture;
 mod registry;
 
+use std::collections::VecDeque;
 use std::fmt::Write as _;
 use std::fs;
 use std::path::PathBuf;
@@ -319,7 +320,8 @@ fn endure(sandbox: &Sandbox, node: &Node, what: &str, args: &[&str]) -> Result<(
     );
     let after = Picture::take(&node.artifacts)?;
     let kinds = picture::kinds(&whole.calls).len();
-    let cases = draw(what, &whole.calls, &mut rng)?;
+    let mut cases: VecDeque<Case> = draw(what, &whole.calls, &mut rng)?.into();
+    let drawn = cases.len();
     let endured = Endured {
         node,
         args,
@@ -328,12 +330,21 @@ fn endure(sandbox: &Sandbox, node: &Node, what: &str, args: &[&str]) -> Result<(
     };
     let (mut kills, mut wrong, mut harmless, mut late) = (0, 0, 0, 0);
     let mut failures = String::new();
-    for case in &cases {
-        match endured.one(case) {
+    while let Some(case) = cases.pop_front() {
+        match endured.one(&case) {
             Ok(Suffered::Killed) => kills += 1,
             Ok(Suffered::Failed) => wrong += 1,
             Ok(Suffered::Shrugged) => harmless += 1,
-            Ok(Suffered::Missed) => late += 1,
+            Ok(Suffered::Missed) => {
+                late += 1;
+                ensure!(
+                    late <= drawn / 4 + 1,
+                    "{late} of {drawn} faults came after the end"
+                );
+                if case.injection.fault == Fault::Kill {
+                    cases.push_back(Case::kill(what, rng.usize(1..=whole.calls.len())));
+                }
+            }
             Err(error) => writeln!(failures, "{ONLY}={}: {error:#}\n", case.label)?,
         }
     }
@@ -346,11 +357,6 @@ fn endure(sandbox: &Sandbox, node: &Node, what: &str, args: &[&str]) -> Result<(
     );
     SURVIVED.fetch_add(kills + wrong + harmless, Ordering::Relaxed);
     ensure!(failures.is_empty(), "{SEED}={seed}\n{failures}");
-    ensure!(
-        late <= cases.len() / 4,
-        "{late} of {} faults came after the end",
-        cases.len()
-    );
     Ok(())
 }
 

@@ -30,6 +30,7 @@ pub(crate) const TESTS: &[Test] = &[
         "signatures_travel_without_a_network",
         signatures_travel_without_a_network,
     ),
+    ("the_referrers_api_is_read", the_referrers_api_is_read),
     ("keys_that_cannot_be_used", keys_that_cannot_be_used),
     ("a_changed_file_is_found", a_changed_file_is_found),
 ];
@@ -138,6 +139,46 @@ fn fetched_blobs(node: &Node) -> usize {
         .count()
 }
 
+/// With the API a signature has no fallback tag, and is found; without the API it is found by that tag alone.
+fn the_referrers_api_is_read(sandbox: &Sandbox) -> Result<()> {
+    let node = demo_node(sandbox)?;
+    let signing = Signing::new(sandbox, &["ours"])?;
+    let (_, digest) = pinned(sandbox, &node, SMALL)?;
+    let signed = format!("{}@{digest}", node.proxy.reference("kata/small"));
+    let tag = digest.replace(':', "-");
+    let asked = |what: &str| {
+        let requests = node.proxy.take_requests();
+        requests
+            .iter()
+            .filter(|request| request.path.contains(what))
+            .count()
+    };
+    demand(&node, SMALL, &[&signing.public("ours")])?;
+
+    node.proxy.serve_referrers(Some(node.registry.storage()));
+    signing.sign("ours", Form::Bundle, &signed)?;
+    let fallback = node.registry.reference(&format!("kata/small:{tag}"));
+    ensure!(
+        oras(sandbox, &["resolve", "--plain-http", &fallback]).is_err(),
+        "cosign wrote the fallback tag: it does not take this for the referrers API"
+    );
+    asked("");
+    node.apply(&[DEMO])?;
+    ensure!(asked("/referrers/") > 0, "the API was not asked");
+    let form = &generation(&node)?["signers"][0]["form"];
+    ensure!(form == "bundle", "signed as {form}");
+    node.km.expect(&["uninstall"], 0)?;
+
+    node.proxy.serve_referrers(None);
+    node.refuses(&["apply"], 6, &["is not signed"])?;
+    signing.sign("ours", Form::Bundle, &signed)?;
+    oras(sandbox, &["resolve", "--plain-http", &fallback])?;
+    asked("");
+    node.apply(&[DEMO])?;
+    ensure!(asked(&tag) > 0, "the fallback tag was not asked for");
+    Ok(())
+}
+
 fn signatures_travel_without_a_network(sandbox: &Sandbox) -> Result<()> {
     let node = demo_node(sandbox)?;
     let signing = Signing::new(sandbox, &["ours", "theirs"])?;
@@ -183,7 +224,7 @@ fn only_the_right_signature_counts(sandbox: &Sandbox) -> Result<()> {
 
     node.proxy.take_requests();
     let hint = format!(
-        "cosign sign --key cosign.key {}",
+        "cosign sign --key cosign.key --use-signing-config=false --tlog-upload=false {}",
         node.proxy.reference("kata/small")
     );
     let hint = format!("{hint}@{digest}");
@@ -321,7 +362,13 @@ fn keys_that_cannot_be_used(sandbox: &Sandbox) -> Result<()> {
         (&text, "no \"PUBLIC KEY\""),
     ] {
         demand(&node, SMALL, &[path])?;
-        node.refuses(&["plan"], 4, &[&path.display().to_string(), why])?;
+        let named = path.display().to_string();
+        let text = fs::read_to_string(&node.config)?;
+        let line = text.lines().position(|line| line.contains(&named));
+        let line = format!("line {} of the configuration", line.context("a line")? + 1);
+        for command in [&["plan"][..], &["config", "check"]] {
+            node.refuses(command, 4, &[&named, &line, why])?;
+        }
     }
     Ok(())
 }
