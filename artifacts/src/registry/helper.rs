@@ -104,7 +104,7 @@ fn ask(root: &Root, name: &str, server: &str) -> Result<Option<Credential>> {
 }
 
 /// A helper's answer.
-fn read(stdout: &[u8]) -> Result<Option<Credential>, &'static str> {
+pub(super) fn read(stdout: &[u8]) -> Result<Option<Credential>, &'static str> {
     let answer: Answer = serde_json::from_slice(stdout)
         .map_err(|_| "what it printed is not the JSON of a user name and a secret")?;
     if answer.secret.is_empty() {

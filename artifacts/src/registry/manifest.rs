@@ -20,7 +20,7 @@ use crate::reference::Reference;
 
 /// OCI distribution specification, "Pushing Manifests": the size that registries should accept at least, and that clients
 /// keep to.
-const MANIFEST_MAX: u64 = 4 << 20;
+pub(super) const MANIFEST_MAX: u64 = 4 << 20;
 
 /// OCI image specification, media-types.md, and Docker's image manifest version 2, schema 2.
 const MANIFEST_TYPES: [&str; 2] = [
@@ -224,7 +224,7 @@ fn verify(reference: &Reference, headers: &HeaderMap, bytes: &[u8]) -> Result<Di
 }
 
 /// Manifest or index: by the document's own word, else by the header, else by its form.
-fn kind(asked: &Reference, headers: &HeaderMap, bytes: &[u8]) -> Result<(Kind, String)> {
+pub(super) fn kind(asked: &Reference, headers: &HeaderMap, bytes: &[u8]) -> Result<(Kind, String)> {
     let shape: Shape = serde_json::from_slice(bytes)
         .map_err(|_| malformed(asked, "it is not a JSON object of the expected form"))?;
     let is_index = shape.manifests.is_some();
@@ -289,7 +289,11 @@ fn parsed(fetched: Fetched, asked: &Reference) -> Result<Manifest> {
 }
 
 /// The manifest in an index that is for the platform: its digest and size.
-fn choose(bytes: &[u8], asked: &Reference, platform: &Platform) -> Result<(Digest, u64)> {
+pub(super) fn choose(
+    bytes: &[u8],
+    asked: &Reference,
+    platform: &Platform,
+) -> Result<(Digest, u64)> {
     let index: ImageIndex = serde_json::from_slice(bytes)
         .map_err(|error| malformed(asked, &clean(&error.to_string())))?;
     let all = index.manifests();

@@ -20,6 +20,8 @@ mod challenge;
 mod credentials;
 mod dns;
 mod error;
+#[doc(hidden)]
+pub mod fuzzing;
 mod helper;
 mod hosts;
 mod manifest;
