@@ -3,10 +3,11 @@
 use std::collections::HashMap;
 use std::io::{self, Read};
 
-use super::header::{self, Header, HeaderError, Kind};
+use super::entries::Entries;
+use super::header::{Header, Kind};
 use super::path::normalise;
-use super::stream::{Leashed, refusal};
-use super::{Format, Limits, Refusal, Refused, Shape, UnpackError};
+use super::stream::Leashed;
+use super::{Format, Limits, Refusal, Shape, UnpackError};
 
 /// Bytes handed to the output at once.
 const COPY_BUFFER: usize = 256 << 10;
@@ -62,10 +63,10 @@ pub fn unpack<O: Output>(
         source,
     })?;
     let mut walk = Walk {
-        input: Tapped {
+        entries: Entries::new(Tapped {
             inner: leashed,
             tap,
-        },
+        }),
         output,
         shape: Shape::new(limits.entries),
         budget: limits.entries,
@@ -75,17 +76,18 @@ pub fn unpack<O: Output>(
             links: Vec::new(),
         },
         index: HashMap::new(),
-        last: String::new(),
         buffer: vec![0; COPY_BUFFER],
     };
-    walk.entries()?;
-    walk.rest()?;
+    while let Some(header) = walk.entries.next()? {
+        walk.entry(&header)?;
+    }
+    walk.entries.rest()?;
     walk.shape.finish()?;
     Ok(walk.found)
 }
 
 struct Walk<'a, O: Output> {
-    input: Tapped<'a>,
+    entries: Entries<Tapped<'a>>,
     output: &'a mut O,
     shape: Shape,
     /// Entries that may still come; repeated folders count too.
@@ -94,38 +96,21 @@ struct Walk<'a, O: Output> {
     found: Unpacked<O::File>,
     /// Where in `found.files` a path is, for hard links.
     index: HashMap<String, usize>,
-    /// The entry that is being looked at.
-    last: String,
     buffer: Vec<u8>,
 }
 
 impl<O: Output> Walk<'_, O> {
-    fn entries(&mut self) -> Result<(), UnpackError<O::Error>> {
-        loop {
-            let header = match header::next(&mut self.input) {
-                Ok(Some(header)) => header,
-                Ok(None) => return Ok(()),
-                Err(HeaderError::Io(error)) => return Err(self.damaged(error)),
-                Err(HeaderError::Refused(name, reason)) => {
-                    self.last = String::from_utf8_lossy(&name).into_owned();
-                    return Err(self.refused(reason));
-                }
-            };
-            self.last = String::from_utf8_lossy(&header.name).into_owned();
-            if self.budget == 0 {
-                return Err(self.refused(Refusal::TooManyEntries {
-                    limit: self.limits.entries,
-                }));
-            }
-            self.budget -= 1;
-            self.entry(&header)?;
-        }
-    }
-
     fn entry(&mut self, header: &Header) -> Result<(), UnpackError<O::Error>> {
+        if self.budget == 0 {
+            return Err(self.refused(Refusal::TooManyEntries {
+                limit: self.limits.entries,
+            }));
+        }
+        self.budget -= 1;
         let path = self.judge(header).map_err(|reason| self.refused(reason))?;
         match header.kind {
-            Kind::Folder => Ok(()),
+            // `judge` has refused what is nothing of the kind.
+            Kind::Folder | Kind::Other(_) => Ok(()),
             Kind::Symlink => {
                 let target = String::from_utf8_lossy(&header.target).into_owned();
                 self.found.links.push((path, target));
@@ -155,12 +140,15 @@ impl<O: Output> Walk<'_, O> {
 
     /// Decides whether the entry is acceptable, and notes its path.
     fn judge(&mut self, header: &Header) -> Result<String, Refusal> {
+        if let Kind::Other(what) = header.kind {
+            return Err(Refusal::Kind { what });
+        }
         let path = normalise(&header.name)?;
         if header.kind != Kind::Symlink && header.mode & 0o7000 != 0 {
             return Err(Refusal::SpecialBits { mode: header.mode });
         }
         match header.kind {
-            Kind::Folder => self.shape.folder(&path)?,
+            Kind::Folder | Kind::Other(_) => self.shape.folder(&path)?,
             Kind::File => {
                 if header.size > self.limits.unpacked_bytes {
                     return Err(Refusal::TooLarge {
@@ -192,52 +180,21 @@ impl<O: Output> Walk<'_, O> {
             .output
             .begin(header.size, executable)
             .map_err(UnpackError::Output)?;
-        let mut left = header.size;
-        while left > 0 {
-            let want = usize::try_from(left).map_or(COPY_BUFFER, |left| left.min(COPY_BUFFER));
-            let got = match self.input.read(&mut self.buffer[..want]) {
-                Ok(0) => return Err(self.damaged(io::ErrorKind::UnexpectedEof.into())),
-                Ok(got) => got,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => return Err(self.damaged(error)),
-            };
+        loop {
+            let got = self.entries.read(&mut self.buffer);
+            let got = got.map_err(|error| self.entries.damaged(error))?;
+            if got == 0 {
+                break;
+            }
             self.output
                 .write(&mut open, &self.buffer[..got])
                 .map_err(UnpackError::Output)?;
-            left -= got as u64;
         }
-        let file = self.output.end(open).map_err(UnpackError::Output)?;
-        let mut padding = [0; header::BLOCK];
-        self.input
-            .read_exact(&mut padding[..header::padding(header.size)])
-            .map_err(|error| self.damaged(error))?;
-        Ok(file)
-    }
-
-    /// Reads what follows the end of the archive (padding, as a rule): the stream's own checksum and digest cover it.
-    fn rest(&mut self) -> Result<(), UnpackError<O::Error>> {
-        loop {
-            match self.input.read(&mut self.buffer) {
-                Ok(0) => return Ok(()),
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(self.damaged(error)),
-            }
-        }
+        self.output.end(open).map_err(UnpackError::Output)
     }
 
     fn refused(&self, reason: Refusal) -> UnpackError<O::Error> {
-        Refused::new(self.last.clone(), reason).into()
-    }
-
-    fn damaged(&self, source: io::Error) -> UnpackError<O::Error> {
-        match refusal(&source) {
-            Some(reason) => self.refused(reason.clone()),
-            None => UnpackError::Damaged {
-                entry: self.last.clone(),
-                source,
-            },
-        }
+        self.entries.refused(reason).into()
     }
 }
 

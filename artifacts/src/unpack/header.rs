@@ -20,13 +20,15 @@ const EXTENSIONS_MAX: usize = 16;
 /// What the four ways of writing a sparse file are told as (GNU tar manual, "Storing Sparse Files").
 const SPARSE: &str = "a sparse file (archive it without --sparse)";
 
-/// What an entry is, as far as we accept it.
+/// What an entry is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     File,
     Folder,
     HardLink,
     Symlink,
+    /// What no artifact may hold, in words with their article.
+    Other(&'static str),
 }
 
 /// One entry's header with its extensions applied.
@@ -44,7 +46,7 @@ pub(super) struct Header {
 pub(super) enum HeaderError {
     /// The stream failed or ended early.
     Io(io::Error),
-    /// The header is malformed or of a kind that is not accepted; with the name as far as known.
+    /// The header is malformed; with the name as far as known.
     Refused(Vec<u8>, Refusal),
 }
 
@@ -108,7 +110,11 @@ fn finish(raw: &tar::Header, extensions: Extensions) -> Result<Header, HeaderErr
         .name
         .unwrap_or_else(|| raw.path_bytes().into_owned());
     let refuse = |reason| HeaderError::Refused(name.clone(), reason);
-    let kind = kind(raw, &name).map_err(refuse)?;
+    let kind = kind(raw, &name);
+    if kind == Kind::Other(SPARSE) {
+        // More headers follow, which say where the content begins.
+        return Err(refuse(Refusal::Kind { what: SPARSE }));
+    }
     let target = match extensions.target {
         Some(target) => target,
         None => raw
@@ -120,7 +126,7 @@ fn finish(raw: &tar::Header, extensions: Extensions) -> Result<Header, HeaderErr
         Some(size) => size,
         None => size(raw).ok_or_else(|| refuse(Refusal::Header { what: "its size" }))?,
     };
-    if kind != Kind::File && size != 0 {
+    if !matches!(kind, Kind::File | Kind::Other(_)) && size != 0 {
         return Err(refuse(Refusal::Header {
             what: "a folder or link with content",
         }));
@@ -147,21 +153,20 @@ fn size(raw: &tar::Header) -> Option<u64> {
     raw.entry_size().ok()
 }
 
-fn kind(raw: &tar::Header, name: &[u8]) -> Result<Kind, Refusal> {
-    let what = match raw.entry_type().as_byte() {
+fn kind(raw: &tar::Header, name: &[u8]) -> Kind {
+    match raw.entry_type().as_byte() {
         // Before ustar a folder was a file whose name ends with a slash.
-        b'0' | 0 | b'7' if name.ends_with(b"/") => return Ok(Kind::Folder),
-        b'0' | 0 | b'7' => return Ok(Kind::File),
-        b'1' => return Ok(Kind::HardLink),
-        b'2' => return Ok(Kind::Symlink),
-        b'5' => return Ok(Kind::Folder),
-        b'3' => "a character device",
-        b'4' => "a block device",
-        b'6' => "a fifo",
-        b'S' => SPARSE,
-        _ => "of an unknown kind",
-    };
-    Err(Refusal::Kind { what })
+        b'0' | 0 | b'7' if name.ends_with(b"/") => Kind::Folder,
+        b'0' | 0 | b'7' => Kind::File,
+        b'1' => Kind::HardLink,
+        b'2' => Kind::Symlink,
+        b'5' => Kind::Folder,
+        b'3' => Kind::Other("a character device"),
+        b'4' => Kind::Other("a block device"),
+        b'6' => Kind::Other("a fifo"),
+        b'S' => Kind::Other(SPARSE),
+        _ => Kind::Other("of an unknown kind"),
+    }
 }
 
 fn check_sum(block: &[u8; BLOCK], raw: &tar::Header) -> Result<(), Refusal> {

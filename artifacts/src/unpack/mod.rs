@@ -8,6 +8,8 @@
 //! This module is pure: it reads a `Read` and must not know of the disk, the store or the registry.
 
 mod archive;
+mod entries;
+mod flatten;
 mod header;
 pub(crate) mod path;
 mod shape;
@@ -16,6 +18,7 @@ mod stream;
 use std::io;
 
 pub use archive::{Output, Unpacked, unpack};
+pub use flatten::{Flat, FlattenError, Layers, flatten};
 pub use path::normalise;
 pub use shape::Shape;
 pub use stream::Format;
@@ -123,6 +126,9 @@ pub enum Refusal {
         /// In words, with its article.
         what: &'static str,
     },
+    /// A whiteout that hides nothing, or has something below it.
+    #[error("it has the name of a whiteout, and is none")]
+    Whiteout,
     /// setuid, setgid or sticky.
     #[error("its mode {mode:04o} has setuid, setgid or sticky bits")]
     SpecialBits {

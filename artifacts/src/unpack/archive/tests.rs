@@ -7,6 +7,7 @@ use proptest::prelude::*;
 use tar::{Builder, EntryType};
 
 use super::*;
+use crate::unpack::header;
 
 mod table;
 
