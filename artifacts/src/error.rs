@@ -70,6 +70,14 @@ pub enum Error {
         /// What is wrong with it.
         problem: String,
     },
+    /// An image does not have what was asked for.
+    #[error("nothing can be taken from the image {image}: {problem}")]
+    Image {
+        /// Its reference.
+        image: String,
+        /// What is wrong, and what helps.
+        problem: String,
+    },
     /// Nobody whom the user trusts has signed it.
     #[error("{}", untrusted(what, sign, keys, rejected))]
     Untrusted {
@@ -229,7 +237,7 @@ impl Error {
     pub fn is_configuration(&self) -> bool {
         match self {
             Error::Registry(error) => error.is_configuration(),
-            Error::ClassName { .. } | Error::Publish { .. } => true,
+            Error::ClassName { .. } | Error::Publish { .. } | Error::Image { .. } => true,
             _ => false,
         }
     }

@@ -138,7 +138,11 @@ fn role(descriptor: &Descriptor) -> Result<Option<Role>, PartError> {
     Ok(Some(Role::Raw { path }))
 }
 
-fn archive_format(media_type: &str, title: Option<&str>, unpack: bool) -> Option<Format> {
+pub(crate) fn archive_format(
+    media_type: &str,
+    title: Option<&str>,
+    unpack: bool,
+) -> Option<Format> {
     let bare = media_type.split(';').next().unwrap_or_default().trim();
     let title_ends = |endings: &[&str]| {
         title.is_some_and(|title| endings.iter().any(|ending| title.ends_with(ending)))

@@ -15,6 +15,8 @@
 //! 5. [`Store::activate`] points the class there.
 //! 6. [`Store::check`] compares with what was written down; [`Store::remove_unreferenced`] and its siblings clean up.
 //!
+//! [`pull_image()`] takes a folder out of a container image in place of step 2.
+//!
 //! [`publish()`] goes the other way: a folder becomes an artifact in a registry.
 //!
 //! [`archive`] carries artifacts between stores in one file, without a network.
@@ -33,6 +35,7 @@ pub mod archive;
 pub mod digest;
 mod error;
 mod generation;
+mod image;
 mod layers;
 mod progress;
 mod publish;
@@ -48,6 +51,7 @@ pub use generation::{
     Activation, Artifact, ArtifactFile, ArtifactLink, Damage, DerivedFile, Generation,
     GenerationManifest, GenerationMeta, Layer, Problem, Removed, Stamp, StoredDerived, StoredFile,
 };
+pub use image::pull_image;
 pub use progress::{Item, Progress, Silent};
 pub use publish::{ARTIFACT_TYPE, Options as PublishOptions, Published, PublishedFile, publish};
 pub use pull::pull;

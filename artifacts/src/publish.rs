@@ -19,7 +19,7 @@ use crate::layers::TITLE;
 use crate::progress::{Item, Progress};
 use crate::reference::Reference;
 use crate::registry::{BlobSource, Client};
-use crate::store::{blocking, hash_file};
+use crate::store::{STORE, blocking, hash_file};
 use crate::unpack::{Shape, normalise};
 
 /// The type of a Kata guest artifact.
@@ -31,10 +31,10 @@ const FILES_MAX: usize = 10_000;
 /// Files pushed at the same time.
 const CONCURRENT: usize = 3;
 
-const MANIFEST_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";
+pub(crate) const MANIFEST_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";
 /// The empty descriptor's type and content (image specification, manifest.md, "Guidance for an Empty Descriptor").
-const EMPTY_TYPE: &str = "application/vnd.oci.empty.v1+json";
-const EMPTY: &[u8] = b"{}";
+pub(crate) const EMPTY_TYPE: &str = "application/vnd.oci.empty.v1+json";
+pub(crate) const EMPTY: &[u8] = b"{}";
 /// A file as it is.
 const FILE_TYPE: &str = "application/octet-stream";
 
@@ -83,7 +83,8 @@ struct Source {
     file: PublishedFile,
 }
 
-/// Finds the files of a folder, in path order. Symlinks to regular files are published as the files that they lead to.
+/// Finds the files of a folder, in path order. Symlinks to regular files are published as the files that they lead to. The
+/// store of what was pulled into the folder is left out.
 fn find(dir: &Path) -> Result<Vec<(String, PathBuf, u64)>> {
     let mut found = Vec::new();
     let mut shape = Shape::new(FILES_MAX);
@@ -94,7 +95,9 @@ fn find(dir: &Path) -> Result<Vec<(String, PathBuf, u64)>> {
             let at = entry.map_err(HostError::io("list", &folder))?.path();
             let meta = fs::symlink_metadata(&at).map_err(HostError::io("look at", &at))?;
             if meta.is_dir() {
-                folders.push(at);
+                if at != dir.join(STORE) {
+                    folders.push(at);
+                }
                 continue;
             }
             let meta = fs::metadata(&at).map_err(HostError::io("look at", &at))?;

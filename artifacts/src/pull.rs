@@ -125,6 +125,46 @@ pub(crate) async fn pull_from(
     progress: &dyn Progress,
 ) -> Result<Artifact> {
     let jobs = jobs(store, root.digest, root.bytes)?;
+    bring_all(store, blobs, jobs, limits, progress).await?;
+    finish(store, root)
+}
+
+/// The layers of an image as they are, which nothing refers to yet. Returns those that were not here before, also when not
+/// all came.
+pub(crate) async fn fetch_layers(
+    store: &Store,
+    client: &Client,
+    reference: &Reference,
+    layers: &[(Digest, u64)],
+    progress: &dyn Progress,
+) -> (Vec<Digest>, Result<()>) {
+    let mut jobs: BTreeMap<Digest, Job> = BTreeMap::new();
+    for (digest, size) in layers {
+        match store.has_blob(digest, *size) {
+            Ok(true) => {}
+            Ok(false) => {
+                let job = Job::new(digest.clone(), *size, digest.to_string());
+                jobs.insert(digest.clone(), job);
+            }
+            Err(error) => return (Vec::new(), Err(error)),
+        }
+    }
+    let fetched = jobs.keys().cloned().collect();
+    let mut jobs: Vec<_> = jobs.into_values().collect();
+    number(&mut jobs);
+    let blobs = Registry { client, reference };
+    let limits = Limits::default();
+    let brought = bring_all(store, &blobs, jobs, &limits, progress).await;
+    (fetched, brought)
+}
+
+async fn bring_all(
+    store: &Store,
+    blobs: &impl Blobs,
+    jobs: Vec<Job>,
+    limits: &Limits,
+    progress: &dyn Progress,
+) -> Result<()> {
     let items: Vec<_> = jobs
         .iter()
         .filter(|job| job.fetch)
@@ -147,12 +187,11 @@ pub(crate) async fn pull_from(
         .await;
     // A worker thread outlives the future that waits for it. None may when the caller gives up the lock.
     let _idle = workers.acquire_many(CONCURRENT as u32).await;
-    brought?;
-    finish(store, root)
+    brought
 }
 
 /// Gives the artifact its manifest, by which it is complete.
-fn finish(store: &Store, root: Root<'_>) -> Result<Artifact> {
+pub(crate) fn finish(store: &Store, root: Root<'_>) -> Result<Artifact> {
     let Some(artifact) = store.assemble(root.digest, root.bytes)? else {
         return Err(Error::Damaged {
             path: store.store_dir(),
@@ -342,12 +381,16 @@ fn jobs(store: &Store, manifest: &Digest, bytes: &[u8]) -> Result<Vec<Job>> {
         add_part(store, part, &mut jobs)?;
     }
     let mut jobs: Vec<_> = jobs.into_values().collect();
+    number(&mut jobs);
+    Ok(jobs)
+}
+
+fn number(jobs: &mut [Job]) {
     // The largest first: it decides when all are done.
     jobs.sort_by_key(|job| (!job.fetch, std::cmp::Reverse(job.size)));
     for (item, job) in jobs.iter_mut().enumerate() {
         job.item = item;
     }
-    Ok(jobs)
 }
 
 fn add_part(store: &Store, part: &Part, jobs: &mut BTreeMap<Digest, Job>) -> Result<()> {

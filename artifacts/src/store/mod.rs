@@ -53,7 +53,7 @@ pub(crate) use sink::FileSink;
 pub(crate) use temp::TempFile;
 
 /// The one folder in `artifactsDir` that is ours besides the classes' symlinks.
-const STORE: &str = ".store";
+pub(crate) const STORE: &str = ".store";
 
 /// Mode of every folder here: the files are public guest images, and containerd's clients may read their configuration.
 const DIR_MODE: u32 = 0o755;

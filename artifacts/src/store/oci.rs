@@ -225,7 +225,7 @@ impl Store {
     }
 
     /// The manifests in `index.json`: digest, size, name. Entries that make no sense are left out.
-    pub(super) fn listed(&self) -> Result<Vec<(Digest, u64, Option<String>)>> {
+    pub(crate) fn listed(&self) -> Result<Vec<(Digest, u64, Option<String>)>> {
         let index = self.read_index()?.unwrap_or_else(Index::empty);
         let entries = index.manifests.iter();
         Ok(entries

@@ -3,6 +3,7 @@
 
 use std::collections::HashSet;
 use std::fs::File;
+use std::io::Read;
 
 use km_host::Error as HostError;
 
@@ -34,6 +35,16 @@ struct StoreOutput<'a> {
     /// What is to be placed; a content that is here twice is placed once.
     pending: Vec<(TempFile, Digest, bool)>,
     seen: HashSet<(Digest, bool)>,
+}
+
+impl<'a> StoreOutput<'a> {
+    fn new(store: &'a Store) -> StoreOutput<'a> {
+        StoreOutput {
+            store,
+            pending: Vec::new(),
+            seen: HashSet::new(),
+        }
+    }
 }
 
 impl Output for StoreOutput<'_> {
@@ -90,11 +101,7 @@ impl Store {
             .map_err(HostError::io("look at", &path))?
             .len();
         let limits = &limits.of_layer(format, length);
-        let mut output = StoreOutput {
-            store: self,
-            pending: Vec::new(),
-            seen: HashSet::new(),
-        };
+        let mut output = StoreOutput::new(self);
         let mut hasher = content.map_or_else(Hasher::new, Hasher::like);
         let unpacked = unpack(blob, format, limits, &mut output, &mut |bytes| {
             hasher.update(bytes);
@@ -112,6 +119,37 @@ impl Store {
         let record = record(layer, got, unpacked);
         self.write_record(&record)?;
         Ok(record)
+    }
+
+    /// Unpacks a tar that is made while it is read, and writes down what it held as if it had been a layer: gives the layer's
+    /// digest and size. `origin` says in errors what it is. Blocks for as long as it takes.
+    ///
+    /// # Errors
+    /// As [`Store::unpack_layer`].
+    pub(crate) fn unpack_tar(
+        &self,
+        tar: impl Read,
+        origin: &str,
+        limits: &Limits,
+    ) -> Result<(Digest, u64)> {
+        let mut output = StoreOutput::new(self);
+        let mut hasher = Hasher::new();
+        let mut size = 0;
+        let unpacked = unpack(tar, Format::Tar, limits, &mut output, &mut |bytes| {
+            hasher.update(bytes);
+            size += bytes.len() as u64;
+        });
+        let layer = hasher.finish();
+        let unpacked = unpacked.map_err(|error| match error {
+            UnpackError::Refused(source) => Error::Hostile {
+                origin: origin.to_owned(),
+                source,
+            },
+            other => layer_error(&layer, other),
+        })?;
+        self.place_contents(output.pending)?;
+        self.write_record(&record(&layer, layer.clone(), unpacked))?;
+        Ok((layer, size))
     }
 }
 

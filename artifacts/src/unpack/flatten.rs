@@ -13,7 +13,7 @@ use std::io::{self, Read, Write};
 
 use super::entries::{Entries, Stop};
 use super::header::{Header, Kind};
-use super::path::{normalise, parents};
+use super::path::{NAME_MAX_BYTES, normalise, parents};
 use super::stream::Leashed;
 use super::{Format, Limits, Refusal, Refused};
 
@@ -27,7 +27,7 @@ const OPAQUE: &[u8] = b".wh..wh..opq";
 const BOOKKEEPING: &[u8] = b".wh..wh.";
 
 /// The layers of an image, the lowest first. Each can be read from its beginning as often as need be.
-pub trait Layers {
+pub trait Layers: Sync {
     /// How many there are.
     fn count(&self) -> usize;
     /// A layer's archive, as it is stored.
@@ -290,7 +290,14 @@ impl Survey<'_> {
             }),
             Kind::Symlink => {
                 let target = std::str::from_utf8(&header.target);
-                Node::Link(target.map_err(|_| Refusal::NotUtf8)?.to_owned())
+                let target = target.map_err(|_| Refusal::NotUtf8)?;
+                if target.is_empty() || target.len() > NAME_MAX_BYTES {
+                    return Err(Refusal::BadTarget);
+                }
+                if target.chars().any(char::is_control) {
+                    return Err(Refusal::ControlCharacter);
+                }
+                Node::Link(target.to_owned())
             }
             Kind::HardLink => Node::File(self.linked(&header.target, changes)?),
             Kind::Other(what) => Node::Other(what, layer),

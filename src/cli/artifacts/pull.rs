@@ -18,12 +18,19 @@ use crate::progress::Shown;
 
 /// Fetch and verify artifacts into the store, and switch nothing.
 #[derive(Debug, clap::Args)]
+#[command(group(clap::ArgGroup::new("what").args(["references", "image"])))]
 pub(in crate::cli) struct Arguments {
     /// What to fetch; everything that the configuration names when left out.
     references: Vec<String>,
     /// Put the files of one artifact into this folder, with a store of its own in it; no root is needed.
-    #[arg(long, value_name = "DIR", requires = "references")]
+    #[arg(long, value_name = "DIR", requires = "what")]
     to: Option<PathBuf>,
+    /// Take the files out of a container image in place of an artifact.
+    #[arg(long, value_name = "REF", requires = "to")]
+    image: Option<String>,
+    /// Which folder of the image; "/" is all of it.
+    #[arg(long, value_name = "FOLDER", requires = "image", default_value = "/")]
+    path: String,
     /// The most bytes a second to receive, in place of the configuration's registry.rateLimit.
     #[arg(long, value_name = "BYTES", env = "KATA_MANAGER_RATE_LIMIT", value_parser = clap::value_parser!(u64).range(RATE_LIMIT_MIN..))]
     rate_limit: Option<u64>,
@@ -37,9 +44,9 @@ impl Arguments {
 }
 
 pub(super) async fn run(global: &Global, node: &Node, arguments: &Arguments) -> Result<()> {
-    let references = &arguments.references;
+    let references = arguments.references.iter().chain(&arguments.image);
+    let folder = arguments.image.as_ref().map(|_| arguments.path.as_str());
     let mut wanted = references
-        .iter()
         .map(|text| parse(text))
         .collect::<Result<Vec<_>>>()?;
     if wanted.is_empty() {
@@ -68,7 +75,8 @@ pub(super) async fn run(global: &Global, node: &Node, arguments: &Arguments) -> 
         .into());
     }
     for reference in wanted {
-        let (digest, artifact) = pull(node, &client, &reference, arguments.to.as_deref()).await?;
+        let to = arguments.to.as_deref();
+        let (digest, artifact) = pull(node, &client, &reference, to, folder).await?;
         text.push_str(&format!(
             "{digest} {reference}: {} files, {}\n",
             artifact.files.len(),
@@ -90,6 +98,7 @@ async fn pull(
     client: &Client,
     reference: &Reference,
     to: Option<&Path>,
+    folder: Option<&str>,
 ) -> Result<(Digest, Artifact)> {
     let resolved = client
         .resolve(reference, &Platform::host())
@@ -119,9 +128,15 @@ async fn pull(
             (node.store.clone(), (lock, Some(journal)))
         }
     };
-    let artifact = km_artifacts::pull(&store, client, reference, &resolved, &limits, &shown)
-        .await
-        .with_context(|| format!("cannot pull {reference}"))?;
+    let artifact = match folder {
+        Some(folder) => {
+            let (store, resolved) = (&store, &resolved);
+            km_artifacts::pull_image(store, client, reference, resolved, folder, &limits, &shown)
+                .await
+        }
+        None => km_artifacts::pull(&store, client, reference, &resolved, &limits, &shown).await,
+    };
+    let artifact = artifact.with_context(|| format!("cannot pull {reference}"))?;
     let index = resolved.index.as_ref();
     let index = index.map(|(digest, bytes)| (digest, bytes.as_slice()));
     store.keep_signatures(reference, index, &evidence)?;

@@ -45,6 +45,7 @@ fn main() -> Result<ExitCode> {
         ("lock", tests::lock::TESTS),
         ("hostile", tests::hostile::TESTS),
         ("others", tests::others::TESTS),
+        ("image", tests::image::TESTS),
         ("registries", tests::registries::TESTS),
         ("transfer", tests::transfer::TESTS),
         ("trust", tests::trust::TESTS),

@@ -1,4 +1,4 @@
-//! Puts an artifact into a plain registry, layer by layer as they are (OCI distribution specification, "Push").
+//! Puts an artifact or an image into a plain registry, layer by layer as they are (OCI distribution specification, "Push").
 //!
 //! The product's own pushing would not send most of what tests need.
 
@@ -7,6 +7,8 @@ use std::net::TcpStream;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use flate2::Compression;
+use flate2::write::GzEncoder;
 use serde_json::json;
 
 use crate::images;
@@ -62,6 +64,49 @@ pub fn artifact(host: &str, repository: &str, tag: &str, layers: &[Layer<'_>]) -
         "layers": layers,
     })
     .to_string();
+    put_manifest(host, repository, tag, &manifest)
+}
+
+/// Pushes a container image of these tars, the lowest first, each compressed with gzip; gives the manifest's digest.
+///
+/// # Errors
+/// When the registry does not take something.
+pub fn image(host: &str, repository: &str, tag: &str, tars: &[Vec<u8>]) -> Result<String> {
+    let diff_ids: Vec<_> = tars.iter().map(|tar| images::sha256(tar)).collect();
+    let config = json!({
+        "architecture": "amd64",
+        "os": "linux",
+        "config": {},
+        "rootfs": { "type": "layers", "diff_ids": diff_ids },
+    })
+    .to_string();
+    blob(host, repository, config.as_bytes())?;
+    let mut layers = Vec::new();
+    for tar in tars {
+        let mut packed = GzEncoder::new(Vec::new(), Compression::fast());
+        packed.write_all(tar)?;
+        let packed = packed.finish()?;
+        blob(host, repository, &packed)?;
+        layers.push(json!({
+            "mediaType": "application/vnd.oci.image.layer.v1.tar+gzip",
+            "digest": images::sha256(&packed),
+            "size": packed.len(),
+        }));
+    }
+    let manifest = json!({
+        "schemaVersion": 2,
+        "mediaType": MANIFEST,
+        "config": {
+            "mediaType": "application/vnd.oci.image.config.v1+json",
+            "digest": images::sha256(config.as_bytes()),
+            "size": config.len(),
+        },
+        "layers": layers,
+    });
+    put_manifest(host, repository, tag, &manifest.to_string())
+}
+
+fn put_manifest(host: &str, repository: &str, tag: &str, manifest: &str) -> Result<String> {
     let path = format!("/v2/{repository}/manifests/{tag}");
     let put = http(host, "PUT", &path, MANIFEST, manifest.as_bytes())?;
     ensure!(put.starts_with("HTTP/1.1 201"), "{put}");

@@ -7,6 +7,7 @@ pub(crate) mod failures;
 pub(crate) mod faults;
 pub(crate) mod harness;
 pub(crate) mod hostile;
+pub(crate) mod image;
 pub(crate) mod layout;
 pub(crate) mod lifecycle;
 pub(crate) mod lock;
