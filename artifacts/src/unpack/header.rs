@@ -115,6 +115,11 @@ fn finish(raw: &tar::Header, extensions: Extensions) -> Result<Header, HeaderErr
         // More headers follow, which say where the content begins.
         return Err(refuse(Refusal::Kind { what: SPARSE }));
     }
+    // What an entry is goes before what is wrong with it.
+    let malformed = |field| match kind {
+        Kind::Other(what) => refuse(Refusal::Kind { what }),
+        _ => refuse(Refusal::Header { what: field }),
+    };
     let target = match extensions.target {
         Some(target) => target,
         None => raw
@@ -124,16 +129,12 @@ fn finish(raw: &tar::Header, extensions: Extensions) -> Result<Header, HeaderErr
     };
     let size = match extensions.size {
         Some(size) => size,
-        None => size(raw).ok_or_else(|| refuse(Refusal::Header { what: "its size" }))?,
+        None => size(raw).ok_or_else(|| malformed("its size"))?,
     };
     if !matches!(kind, Kind::File | Kind::Other(_)) && size != 0 {
-        return Err(refuse(Refusal::Header {
-            what: "a folder or link with content",
-        }));
+        return Err(malformed("a folder or link with content"));
     }
-    let mode = raw
-        .mode()
-        .map_err(|_| refuse(Refusal::Header { what: "its mode" }))?;
+    let mode = raw.mode().map_err(|_| malformed("its mode"))?;
     Ok(Header {
         name,
         target,
