@@ -3,7 +3,8 @@
 //! The protocol is distribution/distribution, docs/content/spec/auth/token.md and oauth.md. Credentials for exactly this
 //! registry are sent with the first request, so that a registry with basic authentication costs no second one; a token is
 //! kept for its registry, repository and access as long as the process runs. A server that stands for a registry is one of
-//! its own here: it gets the credentials that are known for its name. Nobody else ever gets credentials than the registry and, over TLS unless the registry itself has none, the token server that the registry names.
+//! its own here: it gets the credentials that are known for its name. Nobody else ever gets credentials than the registry
+//! and, over TLS unless the registry itself has none, the token server that the registry names.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -1,7 +1,7 @@
 //! containerd's `hosts.toml`: which servers stand for a registry, in which order, and what each may be asked.
 //!
-//! The format is containerd's (docs/hosts.md, core/remotes/docker/config/hosts.go). One difference, to the safe side: a host is pushed to only
-//! when its capabilities list `push`.
+//! The format is containerd's (docs/hosts.md, core/remotes/docker/config/hosts.go). One difference, to the safe side: a host is
+//! pushed to only when its capabilities list `push`.
 //!
 //! It must not know of folders, connections or what is fetched.
 
