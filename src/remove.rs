@@ -5,7 +5,7 @@ use km_containerd_config::ContainerdVersion;
 use km_containerd_config::edit::{Document, Owner};
 use km_containerd_config::place::{self, Request};
 use km_containerd_config::transaction;
-use km_host::atomic;
+use km_host::{HostPath, atomic};
 use serde::Serialize;
 
 use crate::execute;
@@ -30,6 +30,8 @@ pub(crate) struct Removed {
     pub(crate) classes: Vec<String>,
     /// Folders of others that are back under a class's name.
     pub(crate) folders_back: Vec<String>,
+    /// CDI specs that are gone.
+    pub(crate) cdi_specs: Vec<String>,
 }
 
 /// Whether there is anything of ours on the node.
@@ -79,6 +81,17 @@ pub(crate) async fn handlers(
     removed.handlers = gone;
     removed.given_back.clone_from(&edited.given_back);
     journal.update(|record| record.handlers.clear())
+}
+
+/// Removes the CDI specs of ours from the folders that CDI looks into by default.
+pub(crate) fn cdi_specs(node: &Node, removed: &mut Removed) -> Result<()> {
+    for dir in [km_cdi::STATIC_DIR, km_cdi::DIR] {
+        let gone = km_cdi::files::remove_ours(&node.root, &HostPath::new(dir)?)?;
+        removed
+            .cdi_specs
+            .extend(gone.iter().map(ToString::to_string));
+    }
+    Ok(())
 }
 
 /// Removes everything of ours in the artifacts folder; the journal goes last.

@@ -2,6 +2,7 @@
 
 mod apply;
 mod artifacts;
+mod cdi;
 mod config;
 mod containerd;
 mod devices;
@@ -144,6 +145,9 @@ enum Command {
     /// List GPUs and NVSwitches, and hand them to VFIO and back.
     #[command(subcommand)]
     Devices(devices::Command),
+    /// Write, list and check CDI specs, by which containerd and Kata find devices.
+    #[command(subcommand)]
+    Cdi(cdi::Command),
     /// Draw the PCI tree with GPUs, switches, IOMMU groups, NUMA nodes, drivers and users.
     Topology(topology::Arguments),
     /// Print Kubernetes RuntimeClass objects.
@@ -205,6 +209,7 @@ async fn dispatch(cli: Cli) -> Result<u8> {
         Command::Artifacts(command) => artifacts::run(global, &command).await?,
         Command::Containerd(command) => containerd::run(global, &command).await?,
         Command::Devices(command) => devices::run(global, &command)?,
+        Command::Cdi(command) => cdi::run(global, &command).await?,
         Command::Topology(arguments) => topology::run(global, &arguments)?,
         Command::Runtimeclasses(command) => runtimeclasses::run(global, &command)?,
         Command::Config(command) => config::run(global, &command)?,

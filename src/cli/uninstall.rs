@@ -19,17 +19,19 @@ pub(super) async fn run(global: &Global, arguments: &Arguments) -> Result<()> {
     let node = global.node()?;
     let mut removed = Removed::default();
     if !remove::anything(&node)? {
-        return output::result(
-            global.output,
-            "Uninstalled",
-            &removed,
-            "Nothing to do: nothing of kata-manager is on this node.\n",
-        );
+        // Specs need neither containerd nor the store.
+        remove::cdi_specs(&node, &mut removed)?;
+        let text = match removed.cdi_specs.is_empty() {
+            true => "Nothing to do: nothing of kata-manager is on this node.\n".to_owned(),
+            false => text(&removed),
+        };
+        return output::result(global.output, "Uninstalled", &removed, &text);
     }
     let (_lock, mut journal) = node.lock()?;
     execute::settle(&node, &mut journal).await?;
     let seen = observe::containerd(&node, &journal).await?;
     remove::handlers(&node, &mut journal, &seen, arguments.force, &mut removed).await?;
+    remove::cdi_specs(&node, &mut removed)?;
     remove::artifacts(&node, &journal, &mut removed)?;
     output::result(global.output, "Uninstalled", &removed, &text(&removed))
 }
@@ -48,6 +50,7 @@ fn text(removed: &Removed) -> String {
         "Folders that were in a class's place are back",
         &removed.folders_back,
     );
+    say("CDI specs removed", &removed.cdi_specs);
     out.push_str(
         "Done: nothing of kata-manager is left on this node but its configuration file.\n",
     );

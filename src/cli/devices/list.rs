@@ -44,7 +44,7 @@ fn text(looked: &Looked) -> String {
             rows.push(row(looked, companion, branch));
         }
     }
-    let mut text = table(&rows);
+    let mut text = output::table(&rows);
     if looked.users.unseen > 0 {
         text.push_str(&format!(
             "The open files of {} processes could not be seen: run as root to see every user.\n",
@@ -70,23 +70,4 @@ fn row(looked: &Looked, function: &Function, branch: &str) -> [String; 8] {
         or_dash(function.link.as_ref().map(draw::link)),
         draw::state(&looked.inventory, &looked.users, function).text,
     ]
-}
-
-/// Columns as wide as their widest cell; the last one ends the line.
-fn table<const N: usize>(rows: &[[String; N]]) -> String {
-    let width = |column: usize| {
-        let widths = rows.iter().map(|row| row[column].chars().count());
-        widths.max().unwrap_or(0)
-    };
-    let widths: Vec<usize> = (0..N).map(width).collect();
-    let mut text = String::new();
-    for row in rows {
-        let mut line = String::new();
-        for (cell, width) in row.iter().zip(&widths) {
-            line.push_str(&format!("{cell:<width$}  "));
-        }
-        text.push_str(line.trim_end());
-        text.push('\n');
-    }
-    text
 }

@@ -20,7 +20,7 @@ use crate::failure::{Failure, Kind};
 use crate::output::{self, Format};
 
 /// One at a time changes devices. `/run` is emptied at boot, as devices are.
-const LOCK: &str = "/run/kata-manager/devices.lock";
+pub(super) const LOCK: &str = "/run/kata-manager/devices.lock";
 
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum Command {

@@ -152,6 +152,10 @@ fn help_of_each_command() {
         &["devices", "list"],
         &["devices", "bind"],
         &["devices", "unbind"],
+        &["cdi"],
+        &["cdi", "generate"],
+        &["cdi", "list"],
+        &["cdi", "validate"],
         &["topology"],
         &["config"],
         &["config", "schema"],
@@ -396,6 +400,80 @@ fn devices_of_prepared_machines() {
     assert_eq!(place.run(&["devices", "bind", "nonsense"]).code, 4);
     assert_eq!(place.run(&["devices", "bind"]).code, 4);
     assert_eq!(place.run(&["devices", "bind", "--all", "81:00.0"]).code, 4);
+}
+
+#[test]
+fn cdi_specs_of_prepared_machines() {
+    use km_tests_sysfs::shapes;
+    let generate = |place: &Place| place.run(&["cdi", "generate"]);
+    let specs = |place: &Place| {
+        let dir = place.path().join("root/var/run/cdi");
+        let entries = std::fs::read_dir(dir).map_or(Vec::new(), Iterator::collect);
+        let mut names: Vec<String> = entries
+            .into_iter()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    };
+    for (name, shape) in [
+        ("two_models", shapes::two_models()),
+        ("shared_group", shapes::shared_group()),
+        ("no_iommu", shapes::no_iommu()),
+    ] {
+        let place = machine(&shape);
+        let before = place.files();
+        let dry = place.run(&["cdi", "generate", "--dry-run"]);
+        assert_eq!(place.files(), before, "something was made");
+        assert_snapshot!(format!("cdi_generate_{name}"), dry);
+    }
+    let place = machine(&shapes::eight_gpus());
+    assert_eq!(generate(&place).code, 0);
+    let both = ["nvidia.com-nvswitch.yaml", "nvidia.com-pgpu.yaml"];
+    assert_eq!(specs(&place), both);
+    assert!(generate(&place).stdout.starts_with("Nothing to do"));
+    // Only where containerd listens is taken from it.
+    std::fs::write(place.path().join("config.yaml"), GPU).unwrap();
+    assert_snapshot!("cdi_list", place.run(&["cdi", "list"]));
+    let valid = place.run(&["cdi", "validate"]);
+    assert_snapshot!("cdi_validate", valid);
+    let models = place.run(&[
+        "cdi",
+        "generate",
+        "--gpu-alias",
+        "",
+        "--nvswitch-alias",
+        "sw",
+    ]);
+    assert_snapshot!("cdi_generate_with_models", models);
+    let named = ["nvidia.com-GH100_H100_SXM5_80GB.yaml", "nvidia.com-sw.yaml"];
+    assert_eq!(specs(&place), named);
+    assert_snapshot!("uninstall_of_cdi_specs", place.run(&["uninstall"]));
+    assert_eq!(specs(&place), [""; 0]);
+    let bad = place.run(&["cdi", "generate", "--gpu-alias", "9.x"]);
+    assert_snapshot!("cdi_generate_with_a_bad_alias", bad);
+}
+
+#[test]
+fn cdi_specs_of_others() {
+    use km_tests_sysfs::shapes;
+    let foreign = "cdiVersion: 0.5.0\nkind: nvidia.com/pgpu\ndevices:\n- {name: \"3\", containerEdits: {deviceNodes: [{path: \"/dev/\\e[2J\"}]}}\n";
+    let shape = shapes::eight_gpus()
+        .file("/var/run/cdi/nvidia.com-pgpu.yaml", foreign)
+        .file("/etc/cdi/old.json", "{\"cdiVersion\": \"0.2.0\"}");
+    let place = machine(&shape);
+    std::fs::write(place.path().join("config.yaml"), GPU).unwrap();
+    let before = place.files();
+    let refused = place.run(&["cdi", "generate"]);
+    assert_snapshot!("cdi_generate_beside_another", refused);
+    assert_snapshot!("cdi_list_of_others", place.run(&["cdi", "list"]));
+    let invalid = place.run(&["cdi", "validate", "--output", "json"]);
+    assert_snapshot!("cdi_validate_as_json", invalid);
+    assert_eq!(place.files(), before, "something was made");
+    let one = place.path().join("root/var/run/cdi/nvidia.com-pgpu.yaml");
+    let one = place.run(&["cdi", "validate", one.to_str().unwrap()]);
+    assert_eq!(one.code, 0, "{one}");
+    assert_eq!(place.run(&["cdi", "validate", "/nowhere"]).code, 7);
 }
 
 #[test]
