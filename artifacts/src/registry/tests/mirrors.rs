@@ -165,6 +165,37 @@ async fn a_blob_goes_on_with_the_registry_where_a_mirror_broke_off() {
 }
 
 #[tokio::test]
+async fn one_limit_holds_over_all_ways() {
+    let blob = vec![7; 100_000];
+    let served = |blob: &[u8]| {
+        let blob = blob.to_vec();
+        Server::start(move |_, _| Reply::ok(blob.clone()))
+    };
+    let (mirrored, plain) = (served(&blob).await, served(&blob).await);
+    let mirror = served(&blob).await;
+    let dir = tempfile::tempdir().unwrap();
+    let text = format!("[host.\"http://{}\"]\n", mirror.host());
+    write(dir.path(), &mirrored.host(), &text);
+    let client = Client::new(ClientOptions {
+        rate_limit: Some(200_000),
+        ..hosts_options(dir.path(), true)
+    });
+    let client = client.unwrap();
+    let digest = Digest::of(&blob);
+    let (one, other) = (reference(&mirrored), reference(&plain));
+    let (mut first, mut second) = (Collect::default(), Collect::default());
+    let began = std::time::Instant::now();
+    let (one, other) = tokio::join!(
+        client.fetch_blob(&one, &digest, 100_000, &mut first),
+        client.fetch_blob(&other, &digest, 100_000, &mut second),
+    );
+    (one.unwrap(), other.unwrap());
+    // A limit for each would take half as long.
+    assert!(began.elapsed() > Duration::from_millis(800));
+    assert_eq!((mirror.seen().len(), mirrored.seen().len()), (1, 0));
+}
+
+#[tokio::test]
 async fn a_mirror_that_may_not_resolve_gives_blobs_only() {
     let mirror = Server::start(|_, _| Reply::ok(BLOB)).await;
     let origin = Server::start(digest_reply).await;
