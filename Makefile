@@ -1,5 +1,5 @@
 # What people and CI run. Rust (rust-version in Cargo.toml) and root are needed; each target gets its other parts by itself.
-.PHONY: demo test lint unit cli e2e fuzz faults build clean
+.PHONY: demo test lint unit cli e2e fuzz faults build clean node test-node
 .NOTPARALLEL:
 
 TARGET := $(abspath $(or $(CARGO_TARGET_DIR),target))
@@ -43,6 +43,19 @@ faults: build
 build:
 	cargo build --release --locked -p kata-manager --target $(HOST) --config 'target.$(HOST).rustflags=["-Ctarget-feature=+crt-static"]'
 	@! readelf --program-headers $(KM) | grep INTERP || { echo "$(KM) is not static"; exit 1; }
+
+# A shell in a GPU node without a GPU: make node SHAPE=one-gpu. `poweroff` or Ctrl-A X ends it. RUN='lspci -nn' runs a command instead.
+SHAPE ?= one-gpu
+node: build box
+	KM_BIN=$(KM) cargo run --quiet --locked -p km-tests-e2e --bin node -- $(SHAPE) $(if $(RUN),'$(RUN)')
+
+# Device code on such nodes, one of each shape. FILTER=one-gpu runs a part.
+test-node: build box
+	KM_BIN=$(KM) cargo run --quiet --locked -p km-tests-e2e --bin km-test-node -- $(FILTER)
+
+.PHONY: box
+box:
+	cargo build --quiet --locked -p km-gpu-emulator -p km-node-agent
 
 clean:
 	cargo clean

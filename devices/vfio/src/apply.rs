@@ -264,14 +264,14 @@ impl Run<'_> {
         let users = Users::observe(root, &inventory).map_err(ApplyError::Users)?;
         for address in leaving {
             if let Some(holder) = users.of(address).next() {
-                let by = format!("{}[{}] ({})", holder.name, holder.pid, holder.file);
+                let by = holder.to_string();
                 return Err(ApplyError::Held { address, by });
             }
             let function = inventory.function(address);
             if let Some(group) = function.filter(|f| f.on_vfio()).and_then(|f| f.iommu_group)
                 && self.group_is_busy(group)
             {
-                let by = "a process that cannot be seen from here".to_owned();
+                let by = unnamed(&users);
                 return Err(ApplyError::Held { address, by });
             }
         }
@@ -447,6 +447,16 @@ impl Run<'_> {
             }
         }
         self.set_override(address, before.driver_override.as_deref())
+    }
+}
+
+/// Who may hold a function whose group is busy.
+fn unnamed(users: &Users) -> String {
+    let all: Vec<String> = users.unplaced().map(ToString::to_string).collect();
+    match all.as_slice() {
+        [] => "a process that cannot be seen from here".to_owned(),
+        [one] => one.clone(),
+        many => format!("one of {}", many.join(", ")),
     }
 }
 

@@ -1,7 +1,8 @@
 //! Bindings that come back after a reboot: a udev rule for each function (udev(7)).
 //!
 //! The rule sets `driver_override` when the function appears, before udev loads the module that its `modalias` names, and has the
-//! VFIO module loaded. It holds vendor and device number too, so it does nothing to another card in the same place.
+//! VFIO module loaded. A module that is there already has been offered the function before that, so it is offered again. The rule
+//! holds vendor and device number too, so it does nothing to another card in the same place.
 
 use std::collections::BTreeMap;
 
@@ -23,7 +24,8 @@ const LIMIT: usize = 1 << 20;
 pub fn rule(function: &Function, choice: &Choice) -> String {
     format!(
         "ACTION==\"add\", SUBSYSTEM==\"pci\", KERNEL==\"{}\", ATTR{{vendor}}==\"0x{:04x}\", ATTR{{device}}==\"0x{:04x}\", \
-         ATTR{{driver_override}}=\"{}\", RUN{{builtin}}+=\"kmod load {}\"",
+         ATTR{{driver_override}}=\"{}\", RUN{{builtin}}+=\"kmod load {}\", \
+         RUN{{program}}+=\"/bin/sh -c 'echo $kernel >/sys/bus/pci/drivers_probe'\"",
         function.address, function.vendor, function.device, choice.driver, choice.module
     )
 }

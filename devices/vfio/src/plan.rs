@@ -158,8 +158,8 @@ pub enum Refusal {
 }
 
 fn holders(by: &[Holder]) -> String {
-    let one = |holder: &Holder| format!("{}[{}] ({})", holder.name, holder.pid, holder.file);
-    by.iter().map(one).collect::<Vec<_>>().join(", ")
+    let all: Vec<String> = by.iter().map(ToString::to_string).collect();
+    all.join(", ")
 }
 
 /// Plans binding to VFIO. `choices` has the driver for each function of the inventory.

@@ -5,7 +5,8 @@
 //! one of them when its device number says so, in whatever container and under whatever name it was opened, or its path does.
 //!
 //! A process may also hold a VFIO device by the descriptor that its group gave (`anon_inode:[vfio-device]`) after it closed
-//! the group; newer kernels tell of which function (`vfio-device-syspath` in fdinfo).
+//! the group; newer kernels tell of which function (`vfio-device-syspath` in fdinfo). On older ones its group is busy, and the
+//! process is one of those with such a descriptor ([`Users::unplaced`]).
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -28,10 +29,18 @@ pub struct Holder {
     pub file: String,
 }
 
+impl std::fmt::Display for Holder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}[{}] ({})", self.name, self.pid, self.file)
+    }
+}
+
 /// Who uses which function.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Users {
     holders: BTreeMap<Address, BTreeSet<Holder>>,
+    /// Processes that have a VFIO device open, and the kernel does not tell which.
+    unplaced: BTreeSet<Holder>,
     /// How many processes' open files could not be looked at: without root, those of others.
     pub unseen: usize,
     /// Claims that cannot be read: any function may be theirs.
@@ -47,6 +56,17 @@ const FOLDERS: usize = 2048;
 /// The major number of `/dev/nvidia<minor>` (the kernel's devices.txt).
 const NVIDIA_MAJOR: u32 = 195;
 
+/// The kernel's name for a VFIO device's descriptor (drivers/vfio/group.c).
+const VFIO_DEVICE: &str = "anon_inode:[vfio-device]";
+
+fn unnamed(pid: u32, file: &str) -> Holder {
+    Holder {
+        pid,
+        name: String::new(),
+        file: printable(file).chars().take(120).collect(),
+    }
+}
+
 impl Users {
     /// Looks through the host's processes.
     ///
@@ -60,7 +80,11 @@ impl Users {
             return Ok(users);
         }
         let open = km_host::process::open_devices(root, &mut |pid, file| {
-            for address in nodes.match_file(inventory, file) {
+            let found = nodes.match_file(inventory, file);
+            if found.is_empty() && file.name() == VFIO_DEVICE {
+                users.unplaced.insert(unnamed(pid, file.name()));
+            }
+            for address in found {
                 users.add(address, pid, file.name());
             }
         })?;
@@ -105,24 +129,23 @@ impl Users {
         self.holders.get(&address).into_iter().flatten()
     }
 
+    /// Processes that have a VFIO device open of which the kernel does not tell the function.
+    pub fn unplaced(&self) -> impl Iterator<Item = &Holder> {
+        self.unplaced.iter()
+    }
+
     fn add(&mut self, address: Address, pid: u32, file: &str) {
-        self.holders.entry(address).or_default().insert(Holder {
-            pid,
-            name: String::new(),
-            file: printable(file).chars().take(120).collect(),
-        });
+        let holder = unnamed(pid, file);
+        self.holders.entry(address).or_default().insert(holder);
     }
 
     fn names_missing(&self) -> BTreeSet<u32> {
-        self.holders
-            .values()
-            .flatten()
-            .map(|holder| holder.pid)
-            .collect()
+        let holders = self.holders.values().flatten().chain(&self.unplaced);
+        holders.map(|holder| holder.pid).collect()
     }
 
     fn name(&mut self, pid: u32, name: &str) {
-        for holders in self.holders.values_mut() {
+        for holders in self.holders.values_mut().chain([&mut self.unplaced]) {
             *holders = std::mem::take(holders)
                 .into_iter()
                 .map(|holder| match holder.pid == pid {
@@ -237,7 +260,7 @@ impl Nodes {
             found.extend(self.numbers.get(&number).into_iter().flatten());
         }
         found.extend(self.paths.get(file.name()).into_iter().flatten());
-        if file.name() == "anon_inode:[vfio-device]"
+        if file.name() == VFIO_DEVICE
             && let Some(info) = file.info()
         {
             found.extend(

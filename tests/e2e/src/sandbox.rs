@@ -143,6 +143,11 @@ impl Drop for ReadOnly {
     }
 }
 
+/// Whether the running program is one of those that [`enter`] starts: what it prepares outside must not be done again.
+pub fn is_inside() -> bool {
+    std::env::var_os(ROLE).is_some()
+}
+
 /// Moves the running program into a sandbox that has `groups` of [`Parts`].
 ///
 /// Call it first in `main`, before any thread is started.
