@@ -189,7 +189,8 @@ async fn one_limit_holds_over_all_ways() {
         client.fetch_blob(&one, &digest, 100_000, &mut first),
         client.fetch_blob(&other, &digest, 100_000, &mut second),
     );
-    (one.unwrap(), other.unwrap());
+    one.unwrap();
+    other.unwrap();
     // A limit for each would take half as long.
     assert!(began.elapsed() > Duration::from_millis(800));
     assert_eq!((mirror.seen().len(), mirrored.seen().len()), (1, 0));
