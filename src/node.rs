@@ -126,11 +126,16 @@ impl Node {
 
     /// A client for the registries.
     pub(crate) fn registry(&self) -> Result<Client> {
-        self.registry_limited(self.config.registry.rate_limit)
+        let streams = ClientOptions::default().streams;
+        self.registry_limited(self.config.registry.rate_limit, streams)
     }
 
-    /// As [`Node::registry`], with another limit in bytes a second.
-    pub(crate) fn registry_limited(&self, rate_limit: Option<u64>) -> Result<Client> {
+    /// As [`Node::registry`], with another limit in bytes a second, and of streams for each blob.
+    pub(crate) fn registry_limited(
+        &self,
+        rate_limit: Option<u64>,
+        streams: usize,
+    ) -> Result<Client> {
         let settings = &self.config.registry;
         let credentials = match &settings.credentials_file {
             Some(path) => {
@@ -159,6 +164,7 @@ impl Node {
             plain_http: settings.plain_http.clone(),
             https: settings.https.clone(),
             rate_limit,
+            streams,
             ..ClientOptions::default()
         };
         Ok(Client::new(options)?)

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use km_host::Error as HostError;
 use serde_json::json;
 
-use crate::digest::{Digest, Hasher};
+use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::generation::Artifact;
 use crate::layers;
@@ -227,7 +227,6 @@ impl Image {
     ) -> Result<()> {
         let mut kept = Kept {
             sink: FileSink::create(store, "blob", size)?,
-            hasher: Hasher::new(),
             failed: None,
         };
         let written = flat.write(layers, limits, &mut kept);
@@ -235,7 +234,7 @@ impl Image {
             return Err(error);
         }
         written.map_err(|error| self.error(error))?;
-        let got = kept.hasher.finish();
+        let (temp, got) = kept.sink.finish()?;
         if got != *layer {
             return Err(Error::Digest {
                 what: format!("the tar of {}", self.reference),
@@ -243,7 +242,7 @@ impl Image {
                 got,
             });
         }
-        store.place_blob(kept.sink.finish()?.path(), layer)
+        store.place_blob(temp.path(), layer)
     }
 
     fn finish(&self, store: &Store, digest: &Digest, bytes: &[u8]) -> Result<Artifact> {
@@ -293,7 +292,7 @@ impl Layers for Stored<'_> {
         self.layers.len()
     }
 
-    fn open(&self, layer: usize) -> io::Result<(Box<dyn Read + '_>, Format)> {
+    fn open(&self, layer: usize) -> io::Result<(Box<dyn Read + Send + '_>, Format)> {
         let layer = &self.layers[layer];
         let file = File::open(self.store.blob_path(&layer.digest))?;
         Ok((Box::new(file), layer.format))
@@ -303,13 +302,11 @@ impl Layers for Stored<'_> {
 /// A sink that remembers its own error.
 struct Kept {
     sink: FileSink,
-    hasher: Hasher,
     failed: Option<Error>,
 }
 
 impl Write for Kept {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.hasher.update(bytes);
         match self.sink.write(bytes) {
             Ok(()) => Ok(bytes.len()),
             Err(error) => {

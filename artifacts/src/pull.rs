@@ -203,7 +203,8 @@ pub(crate) fn finish(store: &Store, root: Root<'_>) -> Result<Artifact> {
     if !store.has_blob(root.digest, root.bytes.len() as u64)? {
         let mut sink = FileSink::create(store, "manifest", root.bytes.len() as u64)?;
         sink.write(root.bytes)?;
-        store.place_blob(sink.finish()?.path(), root.digest)?;
+        let (temp, _) = sink.finish()?;
+        store.place_blob(temp.path(), root.digest)?;
     }
     store.name_manifest(&NamedManifest {
         reference: root.reference,

@@ -15,7 +15,7 @@ impl Layers for Halves<'_> {
         2
     }
 
-    fn open(&self, layer: usize) -> io::Result<(Box<dyn Read + '_>, Format)> {
+    fn open(&self, layer: usize) -> io::Result<(Box<dyn Read + Send + '_>, Format)> {
         Ok((Box::new(self.0[layer]), Format::Tar))
     }
 }

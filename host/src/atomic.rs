@@ -191,10 +191,14 @@ pub fn create_dir_all(path: &Path, mode: u32) -> Result<Vec<PathBuf>, Error> {
     missing.reverse();
     for dir in &missing {
         match rustix::fs::mkdir(dir, rustix::fs::Mode::from_raw_mode(mode)) {
-            Ok(()) => sync_dir(parent(dir))?,
+            Ok(()) => {}
             Err(rustix::io::Errno::EXIST) if dir.is_dir() => {}
             Err(errno) => return Err(Error::io("create folder", dir)(errno)),
         }
+    }
+    // Together: file systems with a journal write it once for all of them.
+    for dir in &missing {
+        sync_dir(parent(dir))?;
     }
     Ok(missing)
 }

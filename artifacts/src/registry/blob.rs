@@ -29,7 +29,7 @@ use crate::reference::Reference;
 const PROGRESS: u64 = 1 << 20;
 
 /// How often the pace is looked at while it is not settled.
-const TICK: Duration = Duration::from_millis(50);
+const TICK: Duration = Duration::from_millis(25);
 
 /// A stream that brings less than this in the time that may pass without a byte has stalled, too.
 const TRICKLE: u64 = 64 << 10;
@@ -101,7 +101,7 @@ impl Session {
         // With a limit of our own one stream is as fast as any number.
         let most = match self.transport.limiter {
             Some(_) => 1,
-            None => parts.streams(),
+            None => parts.streams().min(self.transport.options.streams),
         };
         let mut pace = Pace::new(Instant::now(), most);
         let mut tries = self.tries();
@@ -238,7 +238,8 @@ impl Transfer<'_> {
             return None;
         }
         claim.end.store(middle, Relaxed);
-        Some(middle..end)
+        // Not more than a part: an answer that comes to its end leaves a connection that can be used again.
+        Some(middle..end.min(middle + part))
     }
 
     /// One request and its answer.

@@ -13,6 +13,9 @@ use super::credentials::Credentials;
 /// Docker Hub's name in references, and the host that answers for it (docker CLI, registry/config.go, `DefaultV2Registry`).
 const DOCKER_HUB: (&str, &str) = ("docker.io", "registry-1.docker.io");
 
+/// A registry serves others as well, and each stream has a buffer.
+const STREAMS: usize = 8;
+
 /// How to talk to registries.
 #[derive(Clone, Debug)]
 pub struct ClientOptions {
@@ -42,6 +45,8 @@ pub struct ClientOptions {
     pub tries: u32,
     /// The most bytes a second that are received of blobs, over all of them.
     pub rate_limit: Option<u64>,
+    /// Streams that fetch one blob at the same time, at the most.
+    pub streams: usize,
 }
 
 /// containerd's folder of `hosts.toml` files (its `config_path`).
@@ -103,6 +108,7 @@ impl Default for ClientOptions {
             user_agent: concat!("kata-manager/", env!("CARGO_PKG_VERSION")).to_owned(),
             tries: 3,
             rate_limit: None,
+            streams: STREAMS,
         }
     }
 }

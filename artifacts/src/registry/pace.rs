@@ -2,25 +2,28 @@
 //!
 //! More streams help where each is held back on its own: by a registry or a storage service that caps connections, or by a
 //! long way on which a lost packet halves a stream. On a fast link they only cost. So there is one stream; when it turns out
-//! slow and much is left there are two, then four, for as long as doubling them brings a good deal more; and the number goes
-//! back where it did not.
+//! slow and much is left there are four, and then eight, for as long as that brings a good deal more; and the number goes back
+//! where it did not.
 
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 /// How long a rate is measured. The beginning, when connections find their speed, does not count.
-const WINDOW: Duration = Duration::from_millis(350);
+const WINDOW: Duration = Duration::from_millis(200);
 
 /// Time at the start of each measurement that does not count.
-const WARM_UP: Duration = Duration::from_millis(150);
+const WARM_UP: Duration = Duration::from_millis(100);
 
-/// One stream of so many bytes a second is not slow: it is 2.4 Gb/s.
-const FAST: f64 = 300e6;
+/// One stream of so many bytes a second is not slow: it is 1.6 Gb/s. A busy machine is not faster with more.
+const FAST: f64 = 200e6;
 
 /// What would be done so soon anyway is left alone, in seconds.
 const SOON: f64 = 1.0;
 
-/// What doubling the streams must bring to be worth it. Two halves of a full link bring nothing.
+/// Streams after the first look.
+const SEVERAL: usize = 4;
+
+/// What more streams must bring to be worth it. Parts of a full link bring nothing.
 const GAIN: f64 = 1.25;
 
 /// A part that a stream asks for when there are several: large enough that asking costs little...
@@ -34,8 +37,8 @@ const PART_MAX: u64 = 32 << 20;
 pub(super) struct Pace {
     most: usize,
     streams: usize,
-    /// The rate with half of the streams.
-    before: Option<f64>,
+    /// The streams before there were more of them, and their rate.
+    before: Option<(usize, f64)>,
     settled: bool,
     since: Instant,
     counted: Option<(Instant, u64)>,
@@ -90,22 +93,19 @@ impl Pace {
     }
 
     fn decide(&mut self, rate: f64, left: f64) {
-        let helped = self.before.is_none_or(|before| rate > before * GAIN);
-        if !helped {
+        if let Some((fewer, before)) = self.before
+            && rate <= before * GAIN
+        {
             tracing::debug!(streams = self.streams, rate, "more streams are not faster");
-            return self.settle(self.streams / 2);
+            return self.settle(fewer);
         }
         if rate >= FAST && self.before.is_none() || left < rate * SOON || self.streams >= self.most
         {
             return self.settle(self.streams);
         }
-        tracing::debug!(
-            streams = self.streams,
-            rate,
-            "slow; trying twice the streams"
-        );
-        self.before = Some(rate);
-        self.streams = (self.streams * 2).min(self.most);
+        tracing::debug!(streams = self.streams, rate, "slow; trying more streams");
+        self.before = Some((self.streams, rate));
+        self.streams = (self.streams * 2).max(SEVERAL).min(self.most);
     }
 }
 
@@ -165,7 +165,8 @@ mod tests {
 
     #[test]
     fn a_capped_stream_gets_company() {
-        assert_eq!(simulate(100e6, 10e9, 640e6).1, 4);
+        assert_eq!(simulate(100e6, 10e9, 640e6).1, 8);
+        assert_eq!(simulate(100e6, 10e9, 300e6).1, 4);
         assert_eq!(simulate(20e6, 10e9, 640e6).1, 8);
         assert_eq!(simulate(20e6, 80e6, 2e9), (8, 4));
     }
@@ -179,7 +180,7 @@ mod tests {
 
     #[test]
     fn a_full_link_is_left_alone_after_one_look() {
-        assert_eq!(simulate(117e6, 117e6, 2e9), (2, 1));
+        assert_eq!(simulate(117e6, 117e6, 2e9), (4, 1));
     }
 
     #[test]

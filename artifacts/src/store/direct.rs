@@ -28,7 +28,7 @@ pub(super) const BUFFER: usize = 512 << 10;
 const DIRECT_FROM: u64 = 4 << 20;
 
 /// Buffers that are kept for the next stream. Fresh ones cost page faults and resident memory.
-const POOLED: usize = 8;
+const POOLED: usize = 12;
 
 static POOL: Mutex<Vec<Box<[u8]>>> = Mutex::new(Vec::new());
 
@@ -76,6 +76,11 @@ impl Buffer {
 
     pub(super) fn clear(&mut self) {
         self.filled = 0;
+    }
+
+    /// Forgets what is behind the first `len` bytes.
+    pub(super) fn truncate(&mut self, len: usize) {
+        self.filled = self.filled.min(len);
     }
 
     /// Room for `len` bytes, at most [`BUFFER`], to be read into.
@@ -127,6 +132,11 @@ impl DirectFile {
 
     pub(super) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Whether it is large enough to be written past the page cache, on a file system that can.
+    pub(super) fn is_direct(&self) -> bool {
+        self.direct.is_some()
     }
 
     pub(super) fn plain(&self) -> &File {

@@ -32,6 +32,7 @@ mod temp;
 #[cfg(test)]
 mod tests;
 mod unpacking;
+mod writer;
 
 use std::fs;
 use std::io;

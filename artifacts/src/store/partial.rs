@@ -6,7 +6,7 @@
 //! is no second record that could be ahead of the bytes or behind them. What is there is hashed again before it counts, and
 //! the whole blob's digest decides.
 //!
-//! Bytes that come in order are hashed as they are written, out of the same buffer. What comes before its turn, or was there
+//! Bytes that come in order are hashed out of the buffer that is written then. What comes before its turn, or was there
 //! before, is read back and hashed by a thread of its own, so memory does not grow with the blob.
 //!
 //! Stale ones go when the store is locked and they are older than [`STALE`], and whenever their space is needed.
@@ -27,6 +27,7 @@ use tokio::sync::Notify;
 
 use super::direct::{BLOCK, BUFFER, Buffer, DirectFile};
 use super::ranges::Ranges;
+use super::writer::Writer;
 use super::{Store, names};
 use crate::digest::{Digest, Hasher};
 use crate::error::{Error, Result, free_bytes};
@@ -41,6 +42,8 @@ const WORTH_KEEPING: u64 = 1 << 20;
 #[derive(Debug)]
 pub(crate) struct PartialBlob {
     shared: Arc<Shared>,
+    /// Writes; none for a small blob.
+    writer: Option<Writer>,
     /// Hashes what was not hashed in passing; started when there is something to do for it.
     reader: Mutex<Option<JoinHandle<()>>>,
     /// The file system tells what was written.
@@ -50,7 +53,7 @@ pub(crate) struct PartialBlob {
 
 #[derive(Debug)]
 struct Shared {
-    file: DirectFile,
+    file: Arc<DirectFile>,
     size: u64,
     digest: Digest,
     state: Mutex<State>,
@@ -77,20 +80,24 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Bytes were written: counts them, and hashes them if it is their turn. Says whether somebody else has to hash.
-    fn account(&self, offset: u64, bytes: &[u8]) -> bool {
+    /// Hashes bytes that are about to be written, if it is their turn. Says whether it was; else somebody has to read them.
+    fn hash_in_turn(&self, offset: u64, bytes: &[u8]) -> bool {
         let mut state = self.lock();
-        let end = offset + bytes.len() as u64;
-        state.written.insert(offset..end);
         let turn = state.at == offset;
         let Some(mut hasher) = state.hasher.take_if(|_| turn) else {
-            self.changed.notify_all();
-            return true;
+            return false;
         };
         drop(state);
         hasher.update(bytes);
-        self.give_back(hasher, end);
-        false
+        self.give_back(hasher, offset + bytes.len() as u64);
+        true
+    }
+
+    /// Bytes were written.
+    fn account(&self, offset: u64, bytes: &[u8]) {
+        let mut state = self.lock();
+        state.written.insert(offset..offset + bytes.len() as u64);
+        self.changed.notify_all();
     }
 
     fn give_back(&self, hasher: Hasher, at: u64) {
@@ -187,27 +194,23 @@ impl PartWriter {
     pub(crate) fn end(&mut self, blob: &PartialBlob) -> Result<u64> {
         let filled = self.buffer.filled().len();
         let last = self.at + filled as u64 == blob.shared.size;
-        self.flush(
-            blob,
-            if last {
-                filled
-            } else {
-                filled - filled % BLOCK
-            },
-        )
+        let len = if last {
+            filled
+        } else {
+            filled - filled % BLOCK
+        };
+        let kept = self.flush(blob, len)?;
+        blob.drain()?;
+        Ok(kept)
     }
 
     fn flush(&mut self, blob: &PartialBlob, len: usize) -> Result<u64> {
-        let shared = &blob.shared;
-        let bytes = &self.buffer.filled()[..len];
-        if !bytes.is_empty() {
-            shared
-                .file
-                .write_at(self.at, bytes)
-                .map_err(|error| shared.file.error("write", shared.size, error))?;
-            if shared.account(self.at, bytes) {
+        self.buffer.truncate(len);
+        if len > 0 {
+            if !blob.shared.hash_in_turn(self.at, self.buffer.filled()) {
                 blob.start_reader()?;
             }
+            blob.write(self.at, &mut self.buffer)?;
         }
         self.buffer.clear();
         self.at += len as u64;
@@ -235,7 +238,7 @@ impl PartialBlob {
         let length = file.metadata().map_err(HostError::io("look at", &path))?;
         let mut blob = PartialBlob {
             shared: Arc::new(Shared {
-                file: DirectFile::new(file, &path, size),
+                file: Arc::new(DirectFile::new(file, &path, size)),
                 size,
                 digest: digest.clone(),
                 state: Mutex::new(State {
@@ -248,10 +251,12 @@ impl PartialBlob {
                 changed: Condvar::new(),
                 hashed: Notify::new(),
             }),
+            writer: None,
             reader: Mutex::new(None),
             tells: false,
             placed: false,
         };
+        blob.start_writer()?;
         if length.len() == size && size > 0 {
             let written = blob.written()?;
             if written.len() > 0 {
@@ -307,6 +312,42 @@ impl PartialBlob {
         Ok(written)
     }
 
+    /// A small blob is written by who receives it: a thread would cost more than it saves.
+    fn start_writer(&mut self) -> Result<()> {
+        let shared = Arc::clone(&self.shared);
+        let file = Arc::clone(&shared.file);
+        if !file.is_direct() {
+            return Ok(());
+        }
+        let written = move |offset, bytes: &[u8]| shared.account(offset, bytes);
+        let started = Writer::start(file, written);
+        self.writer = Some(started.map_err(|error| self.error("write", error))?);
+        Ok(())
+    }
+
+    /// Has what is in a buffer written, and leaves an empty one.
+    fn write(&self, offset: u64, buffer: &mut Buffer) -> Result<()> {
+        let shared = &self.shared;
+        let written = match &self.writer {
+            Some(writer) => writer.submit(offset, std::mem::replace(buffer, Buffer::take())),
+            None => {
+                let written = shared.file.write_at(offset, buffer.filled());
+                written.map(|()| shared.account(offset, buffer.filled()))
+            }
+        };
+        written.map_err(|error| self.error("write", error))
+    }
+
+    /// Waits until everything is written that was handed over.
+    fn drain(&self) -> Result<()> {
+        let drained = self.writer.as_ref().map_or(Ok(()), Writer::drain);
+        drained.map_err(|error| self.error("write", error))
+    }
+
+    fn error(&self, operation: &'static str, error: io::Error) -> Error {
+        self.shared.file.error(operation, self.shared.size, error)
+    }
+
     fn start_reader(&self) -> Result<()> {
         let mut reader = self.reader.lock().unwrap_or_else(PoisonError::into_inner);
         if reader.is_none() {
@@ -314,7 +355,7 @@ impl PartialBlob {
             let spawned = std::thread::Builder::new()
                 .name("blob-hash".to_owned())
                 .spawn(move || shared.read_back())
-                .map_err(|error| self.shared.file.error("hash", self.shared.size, error))?;
+                .map_err(|error| self.error("hash", error))?;
             *reader = Some(spawned);
         }
         Ok(())
@@ -364,6 +405,7 @@ impl PartialBlob {
     /// # Errors
     /// When the disk fails.
     pub(crate) fn restart(&self) -> Result<()> {
+        self.drain()?;
         self.end_reader();
         {
             let mut state = self.shared.lock();
@@ -376,7 +418,7 @@ impl PartialBlob {
         self.begin()
     }
 
-    /// The digest of the whole, once all of it is written.
+    /// The digest of the whole, once all of it is there and every part has ended.
     ///
     /// # Errors
     /// When it cannot be read back.
@@ -389,8 +431,7 @@ impl PartialBlob {
             {
                 let mut state = self.shared.lock();
                 if let Some(error) = state.failed.take() {
-                    let shared = &self.shared;
-                    return Err(shared.file.error("read back", shared.size, error));
+                    return Err(self.error("read back", error));
                 }
                 if state.at == self.shared.size
                     && let Some(hasher) = &state.hasher
@@ -416,6 +457,8 @@ impl PartialBlob {
 impl Drop for PartialBlob {
     fn drop(&mut self) {
         self.end_reader();
+        // Its thread is not to write any more when the file is judged.
+        self.writer = None;
         if self.placed || (self.tells && self.kept() >= WORTH_KEEPING) {
             return;
         }

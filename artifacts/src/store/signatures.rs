@@ -259,7 +259,8 @@ impl Store {
         }
         let mut sink = FileSink::create(self, "blob", bytes.len() as u64)?;
         sink.write(bytes)?;
-        self.place_blob(sink.finish()?.path(), digest)
+        let (temp, _) = sink.finish()?;
+        self.place_blob(temp.path(), digest)
     }
 }
 

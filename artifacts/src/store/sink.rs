@@ -1,22 +1,28 @@
-//! Writes one stream of known length into a temporary file: space reserved before the first byte, written in large aligned
-//! pieces past the page cache, synced when it is placed.
+//! Writes one stream of known length into a temporary file: space reserved before the first byte, hashed and written in large
+//! aligned pieces past the page cache, synced when it is placed. A large file has threads that write.
 //!
 //! It must not know where the bytes come from. Blobs from a registry, which can be taken up again, are in `partial.rs`.
 
 use std::io;
+use std::sync::Arc;
 
 use super::direct::{Buffer, DirectFile};
+use super::writer::Writer;
 use super::{Store, TempFile};
+use crate::digest::{Digest, Hasher};
 use crate::error::{Error, Result};
 
 /// A temporary file that is being written; dropping it removes the file.
 #[derive(Debug)]
 pub(crate) struct FileSink {
-    file: DirectFile,
+    file: Arc<DirectFile>,
     temp: TempFile,
+    /// None for a small file.
+    writer: Option<Writer>,
+    hasher: Hasher,
     buffer: Buffer,
     size: u64,
-    /// Bytes on disk; those in the buffer come behind them.
+    /// Bytes written or handed to the writer; those in the buffer come behind them.
     written: u64,
 }
 
@@ -27,11 +33,19 @@ impl FileSink {
     /// [`Error::DiskFull`] when there is no room; other errors of the disk.
     pub(crate) fn create(store: &Store, what: &str, size: u64) -> Result<FileSink> {
         let (file, temp) = store.temp_file(what)?;
-        let file = DirectFile::new(file, temp.path(), size);
+        let file = Arc::new(DirectFile::new(file, temp.path(), size));
         file.reserve(size)?;
+        let writer = if file.is_direct() {
+            let started = Writer::start(Arc::clone(&file), |_, _| {});
+            Some(started.map_err(|error| file.error("write", size, error))?)
+        } else {
+            None
+        };
         Ok(FileSink {
             file,
             temp,
+            writer,
+            hasher: Hasher::new(),
             buffer: Buffer::take(),
             size,
             written: 0,
@@ -57,16 +71,24 @@ impl FileSink {
         Ok(())
     }
 
-    /// Writes what is buffered and hands the file over. It is synced when it is placed under its final name.
+    /// Writes what is buffered and hands the file over, with its SHA-256 digest. It is synced when it is placed under its
+    /// final name.
     ///
     /// # Errors
     /// When the disk fails, or when fewer bytes came than were announced.
-    pub(crate) fn finish(mut self) -> Result<TempFile> {
+    pub(crate) fn finish(mut self) -> Result<(TempFile, Digest)> {
         self.flush()?;
         if self.written != self.size {
             return Err(self.wrong_size(self.written));
         }
-        Ok(self.temp)
+        if let Some(writer) = &self.writer {
+            writer.drain().map_err(|error| self.error(error))?;
+        }
+        Ok((self.temp, self.hasher.finish()))
+    }
+
+    fn error(&self, error: io::Error) -> Error {
+        self.file.error("write", self.size, error)
     }
 
     fn taken(&self) -> u64 {
@@ -82,10 +104,16 @@ impl FileSink {
     }
 
     fn flush(&mut self) -> Result<()> {
-        self.file
-            .write_at(self.written, self.buffer.filled())
-            .map_err(|error: io::Error| self.file.error("write", self.size, error))?;
-        let taken = self.taken();
+        let (at, taken) = (self.written, self.taken());
+        self.hasher.update(self.buffer.filled());
+        let written = match &self.writer {
+            Some(writer) => {
+                let full = std::mem::replace(&mut self.buffer, Buffer::take());
+                writer.submit(at, full)
+            }
+            None => self.file.write_at(at, self.buffer.filled()),
+        };
+        written.map_err(|error| self.error(error))?;
         self.buffer.clear();
         self.written = taken;
         Ok(())
@@ -114,8 +142,9 @@ mod tests {
             for piece in bytes.chunks(piece) {
                 sink.write(piece).unwrap();
             }
-            let temp = sink.finish().unwrap();
+            let (temp, digest) = sink.finish().unwrap();
             assert!(fs::read(temp.path()).unwrap() == bytes, "{piece}");
+            assert_eq!(digest, Digest::of(&bytes), "{piece}");
         }
     }
 

@@ -25,7 +25,6 @@ struct Kept {
 /// A content that is being written.
 struct Open {
     sink: FileSink,
-    hasher: Hasher,
     size: u64,
     executable: bool,
 }
@@ -55,20 +54,18 @@ impl Output for StoreOutput<'_> {
     fn begin(&mut self, size: u64, executable: bool) -> Result<Open> {
         Ok(Open {
             sink: FileSink::create(self.store, "file", size)?,
-            hasher: Hasher::new(),
             size,
             executable,
         })
     }
 
     fn write(&mut self, open: &mut Open, bytes: &[u8]) -> Result<()> {
-        open.hasher.update(bytes);
         open.sink.write(bytes)
     }
 
     fn end(&mut self, open: Open) -> Result<Kept> {
-        let (digest, size, executable) = (open.hasher.finish(), open.size, open.executable);
-        let temp = open.sink.finish()?;
+        let (size, executable) = (open.size, open.executable);
+        let (temp, digest) = open.sink.finish()?;
         let present = self.store.has_content(&digest, size, executable)?;
         if !present && self.seen.insert((digest.clone(), executable)) {
             self.pending.push((temp, digest.clone(), executable));
@@ -128,7 +125,7 @@ impl Store {
     /// As [`Store::unpack_layer`].
     pub(crate) fn unpack_tar(
         &self,
-        tar: impl Read,
+        tar: impl Read + Send,
         origin: &str,
         limits: &Limits,
     ) -> Result<(Digest, u64)> {

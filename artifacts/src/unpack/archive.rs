@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::io::{self, Read};
 
+use super::ahead::Ahead;
 use super::entries::Entries;
 use super::header::{Header, Kind};
 use super::path::normalise;
@@ -52,38 +53,39 @@ pub struct Unpacked<F> {
 /// When an entry is refused, a limit is passed, the stream is damaged or the output fails. What the output took by then
 /// is for its owner to drop.
 pub fn unpack<O: Output>(
-    input: impl Read,
+    input: impl Read + Send,
     format: Format,
     limits: &Limits,
     output: &mut O,
     tap: &mut dyn FnMut(&[u8]),
 ) -> Result<Unpacked<O::File>, UnpackError<O::Error>> {
-    let leashed = Leashed::new(input, format, limits).map_err(|source| UnpackError::Damaged {
-        entry: String::new(),
-        source,
-    })?;
-    let mut walk = Walk {
-        entries: Entries::new(Tapped {
-            inner: leashed,
-            tap,
-        }),
-        output,
-        shape: Shape::new(limits.entries),
-        budget: limits.entries,
-        limits,
-        found: Unpacked {
-            files: Vec::new(),
-            links: Vec::new(),
-        },
-        index: HashMap::new(),
-        buffer: vec![0; COPY_BUFFER],
-    };
-    while let Some(header) = walk.entries.next()? {
-        walk.entry(&header)?;
-    }
-    walk.entries.rest()?;
-    walk.shape.finish()?;
-    Ok(walk.found)
+    std::thread::scope(|scope| {
+        let inner = Leashed::new(input, format, limits)
+            .and_then(|leashed| Ahead::start(scope, leashed))
+            .map_err(|source| UnpackError::Damaged {
+                entry: String::new(),
+                source,
+            })?;
+        let mut walk = Walk {
+            entries: Entries::new(Tapped { inner, tap }),
+            output,
+            shape: Shape::new(limits.entries),
+            budget: limits.entries,
+            limits,
+            found: Unpacked {
+                files: Vec::new(),
+                links: Vec::new(),
+            },
+            index: HashMap::new(),
+            buffer: vec![0; COPY_BUFFER],
+        };
+        while let Some(header) = walk.entries.next()? {
+            walk.entry(&header)?;
+        }
+        walk.entries.rest()?;
+        walk.shape.finish()?;
+        Ok(walk.found)
+    })
 }
 
 struct Walk<'a, O: Output> {
@@ -199,7 +201,7 @@ impl<O: Output> Walk<'_, O> {
 }
 
 struct Tapped<'a> {
-    inner: Leashed<'a>,
+    inner: Ahead,
     tap: &'a mut dyn FnMut(&[u8]),
 }
 

@@ -34,7 +34,7 @@ pub trait Layers: Sync {
     ///
     /// # Errors
     /// When it cannot be read.
-    fn open(&self, layer: usize) -> io::Result<(Box<dyn Read + '_>, Format)>;
+    fn open(&self, layer: usize) -> io::Result<(Box<dyn Read + Send + '_>, Format)>;
 }
 
 /// Why there is no such folder, or none that is taken. Layers are counted from 1.

@@ -7,6 +7,7 @@
 //!
 //! This module is pure: it reads a `Read` and must not know of the disk, the store or the registry.
 
+mod ahead;
 mod archive;
 mod entries;
 mod flatten;

@@ -2,9 +2,9 @@
 //!
 //! It must not know what the bytes mean.
 
-use std::cell::Cell;
 use std::io::{self, BufReader, Read};
-use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::{Limits, Refusal};
 
@@ -28,21 +28,25 @@ pub enum Format {
 
 /// Reads the decompressed stream and stops at the limits.
 pub(super) struct Leashed<'a> {
-    inner: Box<dyn Read + 'a>,
-    compressed: Rc<Cell<u64>>,
+    inner: Box<dyn Read + Send + 'a>,
+    compressed: Arc<AtomicU64>,
     out: u64,
     limits: Limits,
 }
 
 impl<'a> Leashed<'a> {
-    pub(super) fn new(input: impl Read + 'a, format: Format, limits: &Limits) -> io::Result<Self> {
-        let compressed = Rc::new(Cell::new(0));
+    pub(super) fn new(
+        input: impl Read + Send + 'a,
+        format: Format,
+        limits: &Limits,
+    ) -> io::Result<Self> {
+        let compressed = Arc::new(AtomicU64::new(0));
         let counted = Counted {
             inner: input,
-            count: Rc::clone(&compressed),
+            count: Arc::clone(&compressed),
         };
         let buffered = BufReader::with_capacity(INPUT_BUFFER, counted);
-        let inner: Box<dyn Read + 'a> = match format {
+        let inner: Box<dyn Read + Send + 'a> = match format {
             Format::Tar => Box::new(buffered),
             Format::TarGzip => Box::new(flate2::bufread::MultiGzDecoder::new(buffered)),
             Format::TarZstd => {
@@ -66,7 +70,10 @@ impl<'a> Leashed<'a> {
                 limit: limits.unpacked_bytes,
             });
         }
-        let allowed = self.compressed.get().saturating_mul(limits.ratio);
+        let allowed = self
+            .compressed
+            .load(Ordering::Relaxed)
+            .saturating_mul(limits.ratio);
         if self.out > limits.ratio_free_bytes && self.out > allowed {
             return Err(Refusal::Ratio {
                 limit: limits.ratio,
@@ -92,13 +99,13 @@ pub(super) fn refusal(error: &io::Error) -> Option<&Refusal> {
 
 struct Counted<R> {
     inner: R,
-    count: Rc<Cell<u64>>,
+    count: Arc<AtomicU64>,
 }
 
 impl<R: Read> Read for Counted<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let got = self.inner.read(buffer)?;
-        self.count.set(self.count.get() + got as u64);
+        self.count.fetch_add(got as u64, Ordering::Relaxed);
         Ok(got)
     }
 }

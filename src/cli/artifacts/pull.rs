@@ -34,6 +34,9 @@ pub(in crate::cli) struct Arguments {
     /// The most bytes a second to receive, in place of the configuration's registry.rateLimit.
     #[arg(long, value_name = "BYTES", env = "KATA_MANAGER_RATE_LIMIT", value_parser = clap::value_parser!(u64).range(RATE_LIMIT_MIN..))]
     rate_limit: Option<u64>,
+    /// The most streams that fetch one blob at the same time; how many are of use is measured.
+    #[arg(long, value_name = "N", env = "KATA_MANAGER_STREAMS", default_value_t = 8, value_parser = clap::value_parser!(u8).range(1..=8))]
+    streams: u8,
 }
 
 impl Arguments {
@@ -59,7 +62,7 @@ pub(super) async fn run(global: &Global, node: &Node, arguments: &Arguments) -> 
         wanted.dedup();
     }
     let limit = arguments.rate_limit.or(node.config.registry.rate_limit);
-    let client = node.registry_limited(limit)?;
+    let client = node.registry_limited(limit, arguments.streams.into())?;
     let mut pulled = Vec::new();
     let mut text = String::new();
     if let Some(dir) = &arguments.to

@@ -137,6 +137,11 @@ impl Daemon {
         })
     }
 
+    /// The number of its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// How it ended, once it has.
     ///
     /// # Errors

@@ -175,6 +175,11 @@ impl Registry {
         self.dir.join("data/docker/registry/v2")
     }
 
+    /// The number of its process.
+    pub fn pid(&self) -> u32 {
+        self.daemon.pid()
+    }
+
     /// The last lines of its log.
     pub fn log_tail(&self) -> String {
         self.daemon.log_tail()

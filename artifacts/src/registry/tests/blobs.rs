@@ -431,10 +431,10 @@ async fn slow_streams_get_company() {
 async fn a_registry_that_has_no_ranges_is_left_with_one_stream() {
     let server = Server::start(|_, _| Reply::ok(LARGE.as_slice()).end(End::Slow(15_000_000))).await;
     let parts = Parts::new(LARGE.len(), 4);
-    // The first stream was told to end earlier, so the rest is asked for, and comes as a whole.
+    // Three more were tried, once. The first was told to end earlier, so the rest is asked for, and comes as a whole.
     fetch_parts(&server, &LARGE, &parts).await.unwrap();
     assert!(
-        (2..=3).contains(&server.seen().len()),
+        (2..=5).contains(&server.seen().len()),
         "{:?}",
         server.lines()
     );

@@ -59,7 +59,7 @@ impl Layers for Tars {
         self.0.len()
     }
 
-    fn open(&self, layer: usize) -> io::Result<(Box<dyn Read + '_>, Format)> {
+    fn open(&self, layer: usize) -> io::Result<(Box<dyn Read + Send + '_>, Format)> {
         Ok((Box::new(&self.0[layer][..]), Format::Tar))
     }
 }
