@@ -1,11 +1,12 @@
 //! Handlers put into any text and taken out again: what we did not write is byte for byte what it was.
-#![no_main]
 
 use km_containerd_config::Handler;
-use km_containerd_config::edit::{Document, SetOptions, remove_all, set_handlers};
-use libfuzzer_sys::fuzz_target;
+use km_containerd_config::edit::{Document, EditError, SetOptions, remove_all, set_handlers};
 
-fuzz_target!(|text: &str| {
+pub(crate) fn run(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else {
+        return;
+    };
     let Ok(before) = Document::parse(text) else {
         return;
     };
@@ -37,7 +38,11 @@ fuzz_target!(|text: &str| {
         .all(|found| found.owner == km_containerd_config::edit::Owner::Foreign)
         && !text.contains("kata-manager")
     {
-        let removed = remove_all(&edited.text, &wanted).expect("our own text is undone");
-        assert_eq!(removed.text, text);
+        match remove_all(&edited.text, &wanted) {
+            Ok(removed) => assert_eq!(removed.text, text),
+            // The text had made our handler containerd's default before there was one.
+            Err(EditError::DefaultRuntime { .. }) => {}
+            Err(error) => panic!("our own text is not undone: {error}"),
+        }
     }
-});
+}

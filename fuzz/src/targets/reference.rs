@@ -1,10 +1,11 @@
 //! References: what is read is written so that it is read as the same.
-#![no_main]
 
 use km_artifacts::reference::Reference;
-use libfuzzer_sys::fuzz_target;
 
-fuzz_target!(|text: &str| {
+pub(crate) fn run(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else {
+        return;
+    };
     if let Ok(reference) = text.parse::<Reference>() {
         let written = reference.to_string();
         assert_eq!(
@@ -12,4 +13,4 @@ fuzz_target!(|text: &str| {
             reference
         );
     }
-});
+}

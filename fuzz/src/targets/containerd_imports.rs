@@ -1,12 +1,10 @@
 //! Configurations that import one another, read by each version's rules.
-#![no_main]
 
 use std::collections::BTreeMap;
 
 use km_containerd_config::ContainerdVersion;
 use km_containerd_config::effective::{Effective, Files};
 use km_host::HostPath;
-use libfuzzer_sys::fuzz_target;
 
 /// The parts of the input, as files of one folder.
 struct Parts(BTreeMap<String, Vec<u8>>);
@@ -25,7 +23,7 @@ impl Files for Parts {
     }
 }
 
-fuzz_target!(|bytes: &[u8]| {
+pub(crate) fn run(bytes: &[u8]) {
     let parts = bytes.split(|byte| *byte == 0).enumerate().take(8);
     let name = |number| match number {
         0 => "config.toml".to_owned(),
@@ -45,4 +43,4 @@ fuzz_target!(|bytes: &[u8]| {
             );
         }
     }
-});
+}

@@ -1,10 +1,11 @@
 //! An artifact's own Kata configuration, re-rooted: no panic, and the result is TOML.
-#![no_main]
 
 use km_runtimeclasses::{GuestFile, Provider, configuration, find};
-use libfuzzer_sys::fuzz_target;
 
-fuzz_target!(|text: &str| {
+pub(crate) fn run(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else {
+        return;
+    };
     let provider = Provider {
         prefix: Provider::DEFAULT_PREFIX.to_owned(),
     };
@@ -14,4 +15,4 @@ fuzz_target!(|text: &str| {
     });
     let own = Some(("configuration.toml", text));
     let _ = configuration(kind, &provider, "/opt/generation/1", &files, own);
-});
+}

@@ -1,7 +1,0 @@
-//! Image manifests as registries send them.
-#![no_main]
-
-use km_artifacts::registry::fuzzing;
-use libfuzzer_sys::fuzz_target;
-
-fuzz_target!(|bytes: &[u8]| fuzzing::manifest(bytes));

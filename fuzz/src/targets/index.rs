@@ -1,0 +1,7 @@
+//! Indexes as registries send them.
+
+use km_artifacts::registry::fuzzing;
+
+pub(crate) fn run(bytes: &[u8]) {
+    fuzzing::index(bytes);
+}
