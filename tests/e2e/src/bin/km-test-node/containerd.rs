@@ -175,17 +175,21 @@ fn does_not_start(node: &mut Node, whole: &Whole) -> Result<()> {
     Ok(())
 }
 
-/// containerd starts, and its CRI plugin does not: it knows no such snapshotter.
+/// containerd starts, and its CRI plugin does not: with the new configuration it is given a default handler that is none.
 fn cri_does_not_load(node: &mut Node, whole: &Whole) -> Result<()> {
-    let good = node.get(CONFIG)?;
-    let text = String::from_utf8(good.clone())?;
-    let broken = text.replace(
-        "  artifacts:",
-        "  handlerSettings: {snapshotter: nowhere}\n  artifacts:",
+    let start = "#!/bin/sh\nset -- /usr/bin/containerd\nif $1 config dump >/run/merged.toml && grep -q runtimes.demo /run/merged.toml; then\n  \
+                 sed -i 's/default_runtime_name = .*/default_runtime_name = \"nowhere\"/' /run/merged.toml\n  \
+                 set -- $1 --config /run/merged.toml\nfi\nexec \"$@\"\n";
+    node.put("/usr/local/bin/start", 0o755, start.as_bytes())?;
+    change_unit(node, "ExecStart=\nExecStart=/usr/local/bin/start\n")?;
+    fails(node, whole, &[CLASS])?;
+    let log = node.shell("journalctl --unit containerd --no-pager | grep -c nowhere || true")?;
+    ensure!(
+        log.trim() != "0",
+        "containerd has not met the wrong handler"
     );
-    node.put(CONFIG, 0o644, broken.as_bytes())?;
-    fails(node, whole, &["nowhere"])?;
-    node.put(CONFIG, 0o644, &good)
+    node.shell(&format!("rm {DROP_IN}; systemctl daemon-reload"))?;
+    Ok(())
 }
 
 /// containerd starts, and reads another file than the one that was changed.
