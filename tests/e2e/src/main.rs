@@ -36,6 +36,7 @@ fn main() -> Result<ExitCode> {
     let subjects = [
         ("harness", tests::harness::TESTS),
         ("apply", tests::apply::TESTS),
+        ("cdi", tests::cdi::TESTS),
         ("containerd", tests::containerd::TESTS),
         ("failures", tests::failures::TESTS),
         ("crash", tests::crash::TESTS),

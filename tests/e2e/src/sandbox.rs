@@ -120,6 +120,46 @@ impl Sandbox {
         Ok(folder)
     }
 
+    /// Shows devices of the machine under other names, in a folder that has nothing else, until the guard is dropped. A folder that
+    /// is not there is made for as long; only the sandbox sees what is in it.
+    ///
+    /// # Errors
+    /// When the kernel refuses a mount.
+    pub fn devices(&self, folder: &Path, names: &[(&str, &str)]) -> Result<Shown> {
+        let made = !folder.exists();
+        if made {
+            fs::create_dir(folder).with_context(|| format!("make {}", folder.display()))?;
+        }
+        let mut shown = Shown {
+            path: folder.to_owned(),
+            made,
+            mounted: false,
+        };
+        cover(folder, c"mode=0755")?;
+        shown.mounted = true;
+        for (name, device) in names {
+            let node = folder.join(name);
+            fs::write(&node, "")?;
+            mount_bind(*device, &node).with_context(|| format!("show {device} as {name}"))?;
+        }
+        Ok(shown)
+    }
+
+    /// Shows a folder in another place, which is made if it is not there, until the guard is dropped.
+    ///
+    /// # Errors
+    /// When the kernel refuses the mount.
+    pub fn show(&self, folder: &Path, place: &Path) -> Result<Shown> {
+        fs::create_dir_all(place).with_context(|| format!("make {}", place.display()))?;
+        mount_bind(folder, place)
+            .with_context(|| format!("show {} at {}", folder.display(), place.display()))?;
+        Ok(Shown {
+            path: place.to_owned(),
+            made: false,
+            mounted: true,
+        })
+    }
+
     /// Makes a folder read-only (EROFS, also for root) until the guard is dropped.
     ///
     /// # Errors
@@ -129,6 +169,26 @@ impl Sandbox {
             .and_then(|()| mount_remount(folder, MountFlags::BIND | MountFlags::RDONLY, c""))
             .with_context(|| format!("make {} read-only", folder.display()))?;
         Ok(ReadOnly(folder.to_owned()))
+    }
+}
+
+/// What [`Sandbox::devices`] and [`Sandbox::show`] show, until this is dropped.
+#[derive(Debug)]
+pub struct Shown {
+    path: PathBuf,
+    made: bool,
+    mounted: bool,
+}
+
+impl Drop for Shown {
+    fn drop(&mut self) {
+        // Should something stay, what a later test does there fails and says so.
+        if self.mounted {
+            let _ = unmount(&self.path, UnmountFlags::DETACH);
+        }
+        if self.made {
+            let _ = fs::remove_dir(&self.path);
+        }
     }
 }
 

@@ -128,8 +128,18 @@ pub(super) struct ContainerConfig {
     pub(super) image: Option<ImageSpec>,
     #[prost(string, repeated, tag = "3")]
     pub(super) command: Vec<String>,
+    #[prost(map = "string, string", tag = "10")]
+    pub(super) annotations: HashMap<String, String>,
     #[prost(string, tag = "11")]
     pub(super) log_path: String,
+    #[prost(message, repeated, tag = "17")]
+    pub(super) cdi_devices: Vec<CdiDevice>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub(super) struct CdiDevice {
+    #[prost(string, tag = "1")]
+    pub(super) name: String,
 }
 
 #[derive(Clone, PartialEq, Message)]

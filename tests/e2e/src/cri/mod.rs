@@ -175,8 +175,38 @@ impl Cri {
     /// # Errors
     /// When any step of it fails; a sandbox that was made is removed then.
     pub fn run_pod(&self, handler: &str, image: &str, command: &[&str]) -> Result<Pod> {
+        self.run_pod_with(handler, image, command, &[], &HashMap::new())
+    }
+
+    /// As [`Self::run_pod`], with CDI devices and annotations for the container.
+    ///
+    /// # Errors
+    /// As [`Self::run_pod`].
+    pub fn run_pod_with(
+        &self,
+        handler: &str,
+        image: &str,
+        command: &[&str],
+        cdi_devices: &[&str],
+        annotations: &HashMap<String, String>,
+    ) -> Result<Pod> {
         let sandbox = self.run_sandbox(handler, &HashMap::new())?;
-        let container = match self.run_container(&sandbox, image, command) {
+        let config = m::ContainerConfig {
+            metadata: Some(m::ContainerMetadata {
+                name: "main".to_owned(),
+            }),
+            image: Some(m::ImageSpec {
+                image: image.to_owned(),
+            }),
+            command: strings(command),
+            annotations: annotations.clone(),
+            cdi_devices: strings(cdi_devices)
+                .into_iter()
+                .map(|name| m::CdiDevice { name })
+                .collect(),
+            ..Default::default()
+        };
+        let container = match self.run_container(&sandbox, config) {
             Ok(container) => container,
             Err(error) => {
                 return Err(match self.remove_sandbox(&sandbox) {
@@ -188,21 +218,12 @@ impl Cri {
         Ok(Pod { sandbox, container })
     }
 
-    fn run_container(&self, sandbox: &str, image: &str, command: &[&str]) -> Result<String> {
+    fn run_container(&self, sandbox: &str, config: m::ContainerConfig) -> Result<String> {
         let created: m::ContainerId = self.call(
             "/runtime.v1.RuntimeService/CreateContainer",
             m::CreateContainerRequest {
                 pod_sandbox_id: sandbox.to_owned(),
-                config: Some(m::ContainerConfig {
-                    metadata: Some(m::ContainerMetadata {
-                        name: "main".to_owned(),
-                    }),
-                    image: Some(m::ImageSpec {
-                        image: image.to_owned(),
-                    }),
-                    command: strings(command),
-                    ..Default::default()
-                }),
+                config: Some(config),
                 sandbox_config: Some(pod_config(&HashMap::new())),
             },
         )?;

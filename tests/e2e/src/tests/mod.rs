@@ -1,6 +1,7 @@
 //! The tests, one file a subject.
 
 pub(crate) mod apply;
+pub(crate) mod cdi;
 pub(crate) mod containerd;
 pub(crate) mod crash;
 pub(crate) mod failures;
