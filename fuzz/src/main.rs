@@ -2,6 +2,7 @@
 #![no_main]
 
 mod targets {
+    pub(crate) mod cdi;
     pub(crate) mod containerd_edit;
     pub(crate) mod containerd_imports;
     pub(crate) mod credentials;
@@ -23,6 +24,7 @@ use libfuzzer_sys::fuzz_target;
 type Target = fn(&[u8]);
 
 const TARGETS: &[(&str, Target)] = &[
+    ("cdi", targets::cdi::run),
     ("containerd_edit", targets::containerd_edit::run),
     ("containerd_imports", targets::containerd_imports::run),
     ("credentials", targets::credentials::run),
