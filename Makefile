@@ -36,8 +36,9 @@ fuzz:
 	hack/fuzz --seconds $(SECONDS_EACH)
 
 # A thousand kills, and every kind of system call on the store failing in every way, some times each. "make e2e" has thirty.
+# SEED=N repeats a run.
 faults: build
-	KM_BIN=$(KM) KM_FAULT_KILLS=1000 KM_FAULT_ROUNDS=3 cargo run --quiet --locked -p km-tests-e2e --bin km-tests-e2e -- faults::
+	KM_BIN=$(KM) KM_FAULT_SEED=$(or $(SEED),$(shell date +%s)) KM_FAULT_KILLS=1000 KM_FAULT_ROUNDS=3 cargo run --quiet --locked -p km-tests-e2e --bin km-tests-e2e -- faults::
 
 # One static program: it runs on any Linux of this architecture, and from an empty container image. Its random numbers come from the
 # kernel alone: aws-lc would otherwise gather timing noise of its own first, which takes longer than everything else that a run
