@@ -59,7 +59,9 @@ impl Site {
             &["artifacts", "push", &source, &registry.reference(GUEST)],
             0,
         )?;
-        let folder = sandbox.folder("pulled")?;
+        // Tests remove it in between, and a name that is free is given to the next who asks.
+        let folder = sandbox.folder("pulled")?.join("guest");
+        fs::create_dir(&folder)?;
         Ok(Self {
             _registry: registry,
             proxy,
@@ -189,8 +191,9 @@ fn a_killed_pull_goes_on(sandbox: &Sandbox) -> Result<()> {
 
 fn a_broken_connection_goes_on(sandbox: &Sandbox) -> Result<()> {
     const SIZE: usize = 8 << 20;
+    const CUT: u64 = 3_000_000;
     let site = Site::start(sandbox, SIZE)?;
-    for (nth, fault) in [Fault::Reset(3_000_000), Fault::Truncate(3_000_000)]
+    for (nth, fault) in [Fault::Reset(CUT), Fault::Truncate(CUT)]
         .into_iter()
         .enumerate()
     {
@@ -204,13 +207,23 @@ fn a_broken_connection_goes_on(sandbox: &Sandbox) -> Result<()> {
         let requests = site.requests();
         let starts: Vec<_> = requests.iter().map(range).collect();
         ensure!(
-            starts.len() == 2 && starts[0].is_none() && starts[1].is_some_and(|at| at > 0),
+            starts.len() == 2 && starts[0].is_none(),
             "fault {nth}: the image was asked for from {starts:?} on"
         );
-        let same = requests[1].header("If-Range");
-        ensure!(same.is_some(), "it asked for the rest of whatever is there");
+        // A reset drops what the program has not read yet (tcp(7)): how much it could keep is a matter of luck.
+        let luck = matches!(fault, Fault::Reset(_));
+        ensure!(
+            luck || starts[1].is_some_and(|at| at > 0),
+            "fault {nth}: the image was asked for from {starts:?} on"
+        );
+        let same = requests[1].header("If-Range").is_some();
+        ensure!(
+            same == starts[1].is_some(),
+            "it asked for the rest of whatever is there"
+        );
         let bytes = site.proxy.take_bytes();
-        let most = SIZE as u64 + (1 << 20);
+        let again = if luck { CUT } else { 0 };
+        let most = SIZE as u64 + again + (1 << 20);
         ensure!(bytes < most, "fault {nth}: {bytes} bytes came in all");
     }
     Ok(())
@@ -222,7 +235,7 @@ fn a_wrong_answer_begins_again(sandbox: &Sandbox) -> Result<()> {
     let site = Site::start(sandbox, SIZE)?;
     let image = km_tests_e2e::images::sha256(&site.image);
     let broken_once = |what: &str| -> Result<()> {
-        site.fault(Fault::Reset(2_000_000), 1);
+        site.fault(Fault::Truncate(2_000_000), 1);
         site.pull().with_context(|| format!("with {what}"))?;
         site.is_whole().with_context(|| format!("with {what}"))?;
         site.proxy.clear();
