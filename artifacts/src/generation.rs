@@ -305,6 +305,9 @@ pub enum Problem {
         /// Found.
         got: Digest,
     },
+    /// The kernel refuses to read it.
+    #[error("cannot be read: it was changed on the disk, or the disk has failed")]
+    Unreadable,
     /// A symlink that leads elsewhere.
     #[error("points to {got} where {expected} is recorded")]
     Target {

@@ -14,6 +14,7 @@ mod targets {
     pub(crate) mod manifest;
     pub(crate) mod reference;
     pub(crate) mod signatures;
+    pub(crate) mod sysfs;
     pub(crate) mod unpack;
 }
 
@@ -36,6 +37,7 @@ const TARGETS: &[(&str, Target)] = &[
     ("manifest", targets::manifest::run),
     ("reference", targets::reference::run),
     ("signatures", targets::signatures::run),
+    ("sysfs", targets::sysfs::run),
     ("unpack", targets::unpack::run),
 ];
 

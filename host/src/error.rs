@@ -38,4 +38,11 @@ impl Error {
             Error::Io { source, .. } => source.kind(),
         }
     }
+
+    /// The number of the system's answer (errno(3)), where it is one.
+    pub fn raw_os_error(&self) -> Option<i32> {
+        match self {
+            Error::Io { source, .. } => source.raw_os_error(),
+        }
+    }
 }

@@ -9,7 +9,7 @@ use std::os::unix::ffi::OsStringExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
-use crate::{Error, Root};
+use crate::{Error, HostPath, Root};
 
 /// A process found on the host.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,7 +22,10 @@ pub struct Process {
     pub name: String,
 }
 
-/// The process that listens on a unix socket (`SO_PEERCRED`, unix(7)); `None` when nobody does.
+/// The process that listens on a unix socket; `None` when nobody does.
+///
+/// The kernel tells it (`SO_PEERCRED`, unix(7)), but not to a process in another PID namespace, such as a container's. There it is
+/// looked up in the host's `/proc`.
 ///
 /// # Errors
 /// When the socket is there and cannot be asked.
@@ -39,10 +42,56 @@ pub fn socket_peer(root: &Root, socket: &Path) -> Result<Option<Process>, Error>
         }
         Err(error) => return Err(Error::io("connect to", socket)(error)),
     };
-    let peer = rustix::net::sockopt::socket_peercred(&stream)
-        .map_err(Error::io("ask the peer of", socket))?;
-    let pid = peer.pid.as_raw_nonzero().get().unsigned_abs();
-    Ok(describe(root, pid))
+    let pid = if own_pid(root).is_none_or(|pid| pid == std::process::id()) {
+        let peer = rustix::net::sockopt::socket_peercred(&stream)
+            .map_err(Error::io("ask the peer of", socket))?;
+        Some(peer.pid.as_raw_nonzero().get().unsigned_abs())
+    } else {
+        listener(root, socket)
+    };
+    Ok(pid.and_then(|pid| describe(root, pid)))
+}
+
+/// Our process id as the host's `/proc` has it; none where we are not in it.
+fn own_pid(root: &Root) -> Option<u32> {
+    let told = fs::read_link(proc_dir(root).join("self")).ok()?;
+    told.to_str()?.parse().ok()
+}
+
+/// `__SO_ACCEPTCON` (include/uapi/linux/net.h): a socket that listens, in the fourth column of `/proc/net/unix`.
+const LISTENS: &str = "00010000";
+
+/// The process in whose hands a listening socket of the host is. systemd may hold a unit's socket too, so process 1 counts last.
+fn listener(root: &Root, socket: &Path) -> Option<u32> {
+    let proc = proc_dir(root);
+    let wanted = identity(socket)?;
+    // Process 1 is in the host's network namespace; we need not be.
+    let table = fs::read_to_string(proc.join("1/net/unix")).ok()?;
+    let inode = table.lines().find_map(|line| {
+        let mut words = line.split_whitespace();
+        let (flags, inode, path) = (words.nth(3)?, words.nth(2)?, words.next()?);
+        let path = root.resolve(&HostPath::new(path).ok()?).ok()?;
+        (flags == LISTENS && identity(&path) == Some(wanted)).then_some(inode)
+    })?;
+    let name = PathBuf::from(format!("socket:[{inode}]"));
+    let holds = |pid: &u32| {
+        let files = fs::read_dir(proc.join(pid.to_string()).join("fd"));
+        let mut files = files.into_iter().flatten().flatten();
+        files.any(|file| fs::read_link(file.path()).is_ok_and(|target| target == name))
+    };
+    let mut pids: Vec<u32> = fs::read_dir(&proc)
+        .ok()?
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .collect();
+    pids.sort_by_key(|pid| (*pid == 1, *pid));
+    pids.into_iter().find(holds)
+}
+
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    use std::os::unix::fs::MetadataExt;
+    let meta = fs::metadata(path).ok()?;
+    Some((meta.dev(), meta.ino()))
 }
 
 /// What is known of a process; `None` when it is gone.
@@ -90,6 +139,7 @@ pub fn holders(root: &Root, dir: &Path) -> Result<Vec<(Process, PathBuf)>, Error
         return Ok(Vec::new());
     }
     let proc = proc_dir(root);
+    let own = own_pid(root);
     let mut found = Vec::new();
     for entry in fs::read_dir(&proc)
         .map_err(Error::io("list", &proc))?
@@ -102,7 +152,7 @@ pub fn holders(root: &Root, dir: &Path) -> Result<Vec<(Process, PathBuf)>, Error
         else {
             continue;
         };
-        if pid == std::process::id() {
+        if Some(pid) == own {
             continue;
         }
         let held = ["fd", "map_files"]
@@ -207,10 +257,8 @@ impl OpenFile<'_> {
 pub fn open_devices(root: &Root, see: &mut dyn FnMut(u32, &OpenFile<'_>)) -> Result<Walk, Error> {
     let proc = proc_dir(root);
     let mut walk = Walk::default();
-    let entries = match fs::read_dir(&proc) {
-        Ok(entries) => entries,
-        Err(error) => return Err(Error::io("list", &proc)(error)),
-    };
+    let own = own_pid(root);
+    let entries = fs::read_dir(&proc).map_err(Error::io("list", &proc))?;
     for entry in entries.flatten() {
         let Some(pid) = entry
             .file_name()
@@ -219,7 +267,7 @@ pub fn open_devices(root: &Root, see: &mut dyn FnMut(u32, &OpenFile<'_>)) -> Res
         else {
             continue;
         };
-        if pid == std::process::id() && root.is_slash() {
+        if Some(pid) == own {
             continue;
         }
         let proc = entry.path();
@@ -272,6 +320,24 @@ mod tests {
         assert!(!arguments(&root, peer.pid).unwrap().is_empty());
         drop(listener);
         assert_eq!(socket_peer(&root, &socket).unwrap(), None);
+    }
+
+    #[test]
+    fn a_listener_is_found_without_being_asked() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Root::new("/").unwrap();
+        let socket = dir.path().join("s");
+        let _listener = UnixListener::bind(&socket).unwrap();
+        // Process 1 may be in another network namespace than this test, and then knows no such socket.
+        let in_table = |path: &str| {
+            let table = fs::read_to_string(path).unwrap_or_default();
+            table.contains(socket.to_str().unwrap())
+        };
+        assert!(in_table("/proc/self/net/unix"));
+        let expected = in_table("/proc/1/net/unix").then(std::process::id);
+        assert_eq!(listener(&root, &socket), expected);
+        assert_eq!(listener(&root, &dir.path().join("other")), None);
+        assert_eq!(own_pid(&root), Some(std::process::id()));
     }
 
     #[test]

@@ -8,11 +8,12 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use km_host::{Error as HostError, atomic};
+use rustix::io::Errno;
 
 use super::generations::stamp_of;
-use super::{Store, look, names};
+use super::{Store, look, names, verity};
 use crate::digest::{Algorithm, Digest, Hasher};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::generation::{
     ArtifactFile, ArtifactLink, Damage, FILE_MODE, Generation, Problem, Stamp,
 };
@@ -33,8 +34,8 @@ struct Expected<'a> {
     file: Option<&'a ArtifactFile>,
 }
 
-/// How a file is hashed.
-type Hash<'a> = dyn Fn(&Path, &fs::Metadata, Algorithm) -> Result<Digest> + 'a;
+/// How a file is hashed; `None` when the kernel refuses to read it.
+type Hash<'a> = dyn Fn(&Path, &fs::Metadata, Algorithm) -> Result<Option<Digest>> + 'a;
 
 /// A file, and what it is hashed by. Who replaces or writes to it while it is hashed makes it another.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -66,7 +67,7 @@ impl Store {
     /// When the disk fails; a difference is no error.
     pub fn check(&self, generation: &Generation, deep: bool) -> Result<Vec<Damage>> {
         check(generation, deep, &|path, _, algorithm| {
-            hash_file(path, algorithm)
+            content(path, algorithm)
         })
     }
 
@@ -79,13 +80,29 @@ impl Store {
         let hashes = hash_all(generations)?;
         let known = |path: &Path, meta: &fs::Metadata, algorithm| {
             let known = hashes.get(&Key::new(meta, algorithm));
-            known.map_or_else(|| hash_file(path, algorithm), |digest| Ok(digest.clone()))
+            known.map_or_else(|| content(path, algorithm), |digest| Ok(digest.clone()))
         };
         let mut all = Vec::new();
         for generation in generations {
             all.push(check(generation, true, &known)?);
         }
         Ok(all)
+    }
+
+    /// How many of the files of a generation the kernel guards with fs-verity, and how many there are.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    pub fn sealed(&self, generation: &Generation) -> Result<(usize, usize)> {
+        let manifest = &generation.manifest;
+        let files = manifest.files.iter().map(|stored| &stored.file.path);
+        let derived = manifest.derived.iter().map(|stored| &stored.path);
+        let (mut sealed, mut all) = (0, 0);
+        for path in files.chain(derived) {
+            all += 1;
+            sealed += usize::from(verity::is_sealed(&generation.dir.join(path))?);
+        }
+        Ok((sealed, all))
     }
 
     /// Drops damaged contents from the store, so that the next pull fetches them again. Generations keep their links: a
@@ -98,7 +115,9 @@ impl Store {
             for path in [self.file_path(file), self.blob_path(&file.digest)] {
                 let size = look(&path)?.map(|meta| meta.len());
                 let Some(size) = size else { continue };
-                if size != file.size || hash_file(&path, file.digest.algorithm())? != file.digest {
+                if size != file.size
+                    || content(&path, file.digest.algorithm())?.as_ref() != Some(&file.digest)
+                {
                     atomic::remove_file(&path)?;
                 }
             }
@@ -172,7 +191,9 @@ fn file_problem(
         }));
     }
     if deep || stamp_of(&meta) != expected.stamp {
-        let got = hash(path, &meta, expected.digest.algorithm())?;
+        let Some(got) = hash(path, &meta, expected.digest.algorithm())? else {
+            return Ok(Some(Problem::Unreadable));
+        };
         if got != *expected.digest {
             return Ok(Some(Problem::Content {
                 expected: expected.digest.clone(),
@@ -243,7 +264,7 @@ fn unexpected(generation: &Generation, damages: &mut Vec<Damage>) -> Result<()> 
 }
 
 /// The digest of every file of these generations that is there.
-fn hash_all(generations: &[Generation]) -> Result<BTreeMap<Key, Digest>> {
+fn hash_all(generations: &[Generation]) -> Result<BTreeMap<Key, Option<Digest>>> {
     let mut files: BTreeMap<Key, PathBuf> = BTreeMap::new();
     for generation in generations {
         let manifest = &generation.manifest;
@@ -260,10 +281,10 @@ fn hash_all(generations: &[Generation]) -> Result<BTreeMap<Key, Digest>> {
     let mut files: Vec<_> = files.into_iter().collect();
     files.sort_by_key(|(key, _)| std::cmp::Reverse(key.size));
     let next = AtomicUsize::new(0);
-    let work = || -> Result<Vec<(Key, Digest)>> {
+    let work = || -> Result<Vec<(Key, Option<Digest>)>> {
         let mut done = Vec::new();
         while let Some((key, path)) = files.get(next.fetch_add(1, Ordering::Relaxed)) {
-            done.push((key.clone(), hash_file(path, key.algorithm)?));
+            done.push((key.clone(), content(path, key.algorithm)?));
         }
         Ok(done)
     };
@@ -271,7 +292,7 @@ fn hash_all(generations: &[Generation]) -> Result<BTreeMap<Key, Digest>> {
     let threads = threads.min(files.len()).min(HASH_THREADS);
     std::thread::scope(|scope| {
         let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
-        let mut hashes: BTreeMap<Key, Digest> = work()?.into_iter().collect();
+        let mut hashes: BTreeMap<Key, Option<Digest>> = work()?.into_iter().collect();
         for other in others {
             match other.join() {
                 Ok(done) => hashes.extend(done?),
@@ -280,6 +301,23 @@ fn hash_all(generations: &[Generation]) -> Result<BTreeMap<Key, Digest>> {
         }
         Ok(hashes)
     })
+}
+
+/// The digest of a file's content; `None` when the kernel refuses to read it, as fs-verity does with a block that was changed on
+/// the disk, and a disk with one that it has lost.
+fn content(path: &Path, algorithm: Algorithm) -> Result<Option<Digest>> {
+    match hash_file(path, algorithm) {
+        Ok(digest) => Ok(Some(digest)),
+        Err(error) if is_input_output(&error) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn is_input_output(error: &Error) -> bool {
+    let Error::Host(host) = error else {
+        return false;
+    };
+    host.raw_os_error() == Some(Errno::IO.raw_os_error())
 }
 
 /// Hashes a file's content.

@@ -11,7 +11,7 @@ use km_host::{Error as HostError, atomic};
 
 use super::complete::{read, to_json};
 use super::place::link_or_copy;
-use super::{DIR_MODE, Store, check_class, look, names};
+use super::{DIR_MODE, Store, check_class, look, names, verity};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::generation::{
@@ -169,6 +169,7 @@ impl Store {
         for file in &content.files {
             let to = make_parents(staging, &file.path)?;
             link_or_copy(&self.file_path(file), &to)?;
+            verity::seal(&to)?;
             files.push(StoredFile {
                 file: (*file).clone(),
                 stamp: stamp(&to)?,
@@ -183,6 +184,7 @@ impl Store {
         for (path, bytes) in &content.derived {
             let to = make_parents(staging, path)?;
             write_new(&to, bytes)?;
+            verity::seal(&to)?;
             made.push(StoredDerived {
                 path: path.clone(),
                 digest: Digest::of(bytes),

@@ -32,6 +32,7 @@ mod temp;
 #[cfg(test)]
 mod tests;
 mod unpacking;
+mod verity;
 mod writer;
 
 use std::fs;

@@ -14,6 +14,8 @@ use crate::output;
 struct Found {
     generation: Generation,
     damages: Vec<Damage>,
+    /// How many of its files the kernel guards (fs-verity), and how many there are.
+    sealed: (usize, usize),
     /// The keys that signed it; or why none counts. `None` where no signature is demanded.
     signed: Option<Result<Vec<String>, String>>,
 }
@@ -37,6 +39,7 @@ pub(super) fn run(global: &Global, node: &Node, classes: &[String]) -> Result<()
             Err(error) => return Err(error.into()),
         };
         all.push(Found {
+            sealed: node.store.sealed(&generation)?,
             generation,
             damages,
             signed,
@@ -47,6 +50,8 @@ pub(super) fn run(global: &Global, node: &Node, classes: &[String]) -> Result<()
     let mut text: String = all.iter().map(to_text).collect();
     if all.is_empty() {
         text.push_str("Nothing is live.\n");
+    } else {
+        text.push_str(&guard(&all));
     }
     output::result(global.output, "Verified", body, &text)?;
     if good {
@@ -90,6 +95,18 @@ fn live(node: &Node, classes: &[String]) -> Result<Vec<Generation>> {
     Ok(live)
 }
 
+/// Whether the kernel guards what is live, said once for all classes.
+fn guard(all: &[Found]) -> String {
+    let sealed: usize = all.iter().map(|found| found.sealed.0).sum();
+    let files: usize = all.iter().map(|found| found.sealed.1).sum();
+    if sealed == files {
+        return "The kernel guards every file: nobody can write to it, and each read is checked (fs-verity).\n".to_owned();
+    }
+    format!(
+        "The kernel guards {sealed} of {files} files (fs-verity): the artifacts folder's file system cannot, or could not when they were made.\n"
+    )
+}
+
 fn to_json(found: &Found) -> Value {
     let manifest = &found.generation.manifest;
     let damages: Vec<Value> = found.damages.iter().map(damage).collect();
@@ -100,6 +117,7 @@ fn to_json(found: &Found) -> Value {
         "files": manifest.files.len() + manifest.derived.len(),
         "bytes": bytes(&found.generation),
         "damages": damages,
+        "sealedFiles": found.sealed.0,
         "signers": found.signed.as_ref().and_then(|signed| signed.as_ref().ok()),
         "untrusted": found.signed.as_ref().and_then(|signed| signed.as_ref().err()),
     })

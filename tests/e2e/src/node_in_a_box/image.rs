@@ -158,13 +158,13 @@ pub struct Payload {
 }
 
 impl Payload {
-    /// A payload of the agent and its companion alone.
+    /// A payload of the agent and its companions alone.
     ///
     /// # Errors
     /// When they are not built.
     pub fn new() -> Result<Self> {
         let mut payload = Self::default();
-        for name in ["node-agent", "vfio-hold"] {
+        for name in ["node-agent", "vfio-hold", "file-block"] {
             payload.program(name, &beside(name)?);
         }
         Ok(payload)

@@ -201,12 +201,17 @@ impl Node {
 
     fn report(&self, what: &str, started: Instant) {
         let took = started.elapsed().as_secs_f64();
+        self.line(&format!("{took:6.2} s  {what}"));
+    }
+
+    /// Says something on standard error, among the steps.
+    pub fn note(&self, what: &str) {
+        self.line(&format!("{:10}{what}", ""));
+    }
+
+    fn line(&self, text: &str) {
         // Nobody to tell is no failure.
-        let _ = writeln!(
-            std::io::stderr(),
-            "{:>12}  {took:6.2} s  {what}",
-            self.shape.name
-        );
+        let _ = writeln!(std::io::stderr(), "{:>12}  {text}", self.shape.name);
     }
 
     /// Runs a program to its end; its exit code is the caller's to judge.

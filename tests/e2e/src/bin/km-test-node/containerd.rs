@@ -15,17 +15,17 @@ use km_tests_e2e::sandbox::Sandbox;
 use km_tests_e2e::suite::Test;
 use km_tests_e2e::{guest, images, wait};
 
-use crate::container;
+use crate::{container, verity};
 
 pub(crate) const TESTS: &[Test] = &[("apply-and-failures", apply_and_failures)];
 
 /// The class: runc runs its pods, for Kata is no Debian package.
-const CLASS: &str = "demo";
+pub(crate) const CLASS: &str = "demo";
 
 /// The node's configuration files.
 const CONFIG: &str = "/etc/kata-manager/config.yaml";
 const CONTAINERD: &str = "/etc/containerd/config.toml";
-const ARTIFACTS: &str = "/opt/nvidia-gpu-operator/artifacts/runtimeclasses";
+pub(crate) const ARTIFACTS: &str = "/opt/nvidia-gpu-operator/artifacts/runtimeclasses";
 
 /// Where a test changes containerd's unit.
 const DROP_IN: &str = "/etc/systemd/system/containerd.service.d/test.conf";
@@ -65,6 +65,7 @@ fn apply_and_failures(sandbox: &Sandbox) -> Result<()> {
     node.step("from a container", |node| {
         container::as_in_a_pod(node, &whole)
     })?;
+    node.step("the kernel guards what is live", verity::guards)?;
     node.step("uninstall", |node| uninstall(node, &whole))
 }
 
@@ -219,7 +220,6 @@ fn apply(node: &mut Node, whole: &Whole) -> Result<()> {
     let said = whole.cri.prove_handler(CLASS, images::BUSYBOX)?;
     ensure!(said.contains(CLASS), "the pod said {said:?}");
     whole.pod_lives()?;
-    node.kata_manager(&["artifacts", "verify"], 0)?;
     let again = node.kata_manager(&["apply"], 0)?;
     ensure!(again.stdout.starts_with("Nothing to do"), "it {again}");
     ensure!(pid(node)? == after, "the second apply restarted containerd");

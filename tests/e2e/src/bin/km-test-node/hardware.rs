@@ -12,8 +12,8 @@ use km_tests_e2e::sandbox::Sandbox;
 use km_tests_e2e::suite::Test;
 use km_tests_e2e::wait;
 
-use crate::devices;
 use crate::shown::Listed;
+use crate::{devices, nested};
 
 /// A boot of each shape.
 pub(crate) const TESTS: &[Test] = &[
@@ -76,6 +76,13 @@ fn one_gpu(sandbox: &Sandbox) -> Result<()> {
     node.step("a held device is refused", |node| {
         devices::held_device(node, first)
     })?;
+    node.step("a guest's files", |node| {
+        nested::prepare(node, sandbox.parts())
+    })?;
+    node.step("a device of a virtual machine is refused", |node| {
+        nested::held(node, first)
+    })?;
+    node.step("a guest sees the device", |node| nested::guest(node, first))?;
     node.step("unbind all", devices::unbind_all)?;
     common(node, &names)
 }

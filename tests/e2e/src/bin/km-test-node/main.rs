@@ -8,7 +8,9 @@ mod container;
 mod containerd;
 mod devices;
 mod hardware;
+mod nested;
 mod shown;
+mod verity;
 
 use std::process::ExitCode;
 
