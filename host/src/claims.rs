@@ -43,13 +43,32 @@ pub struct Claim {
     pub class: String,
     /// The number of that generation.
     pub generation: u64,
-    /// PCI addresses of its devices, such as `0000:41:00.0`.
+    /// The functions that it is given, by address; companions included.
     #[serde(default)]
-    pub devices: Vec<String>,
+    pub devices: Vec<Device>,
     /// The sandbox's bundle, which containerd removes with it.
     pub bundle: HostPath,
     /// Who made the claim, and became the shim's starter.
     pub process: Starter,
+}
+
+/// A PCI function that a sandbox is given.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Device {
+    /// Its address, such as `0000:41:00.0`.
+    pub address: String,
+    /// Class, subclass and programming interface, 24 bits.
+    pub class: u32,
+    /// Its NUMA node on the host; `None` where the firmware tells none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub numa_node: Option<u16>,
+    /// Its IOMMU group.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub iommu_group: Option<u32>,
+    /// Its VFIO character device's name (`vfio0`), where it is given away by that and not by its group's node.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cdev: Option<String>,
 }
 
 /// A process that is told from a later one with its number.
@@ -289,7 +308,13 @@ mod tests {
             handler: "kata-qemu-nvidia-gpu".to_owned(),
             class: "kata-qemu-nvidia-gpu".to_owned(),
             generation: 3,
-            devices: vec!["0000:41:00.0".to_owned()],
+            devices: vec![Device {
+                address: "0000:41:00.0".to_owned(),
+                class: 0x03_0200,
+                numa_node: Some(1),
+                iommu_group: Some(40),
+                cdev: None,
+            }],
             bundle: HostPath::new("/run/containerd/bundle").unwrap(),
             process: Starter {
                 pid: 41,

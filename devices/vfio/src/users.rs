@@ -112,7 +112,8 @@ impl Users {
             if !claims.is_alive(&claim) {
                 continue;
             }
-            let devices = claim.devices.iter().filter_map(|text| text.parse().ok());
+            let devices = claim.devices.iter();
+            let devices = devices.filter_map(|device| device.address.parse().ok());
             for address in devices.filter(|address| inventory.function(*address).is_some()) {
                 self.holders.entry(address).or_default().insert(Holder {
                     pid: claim.process.pid,

@@ -345,7 +345,7 @@ fn a_claim_of_a_living_sandbox_counts() {
     let claim = |boot: &str| {
         format!(
             r#"{{"format":1,"sandbox":"abc","namespace":"k8s.io","handler":"h","class":"c","generation":1,
-            "devices":["0000:81:00.0"],"bundle":"/run/bundle","process":{{"pid":12,"started":5,"boot":"{boot}"}}}}"#
+            "devices":[{{"address":"0000:81:00.0","class":197120}}],"bundle":"/run/bundle","process":{{"pid":12,"started":5,"boot":"{boot}"}}}}"#
         )
     };
     let machine = |boot: &str| {

@@ -1,0 +1,26 @@
+//! The containerd shim that kata-manager's handlers name. It never serves anything: for the `start` of a sandbox it looks which
+//! devices the pod has, checks that the node can give them, writes what Kata would not find by itself and leaves a claim; then,
+//! and for every other call at once, it becomes Kata's own shim by execve(2).
+//!
+//! - [`settings`]: what is configured for a handler.
+//! - [`call`]: what containerd asks for.
+//! - [`kata`], [`table`]: which Kata there is, and what is done with a device from where.
+//!
+//! It must not know containerd's configuration, registries, or Kubernetes beyond the kubelet's PodResources API; it links
+//! neither a TLS nor a Kubernetes client.
+
+#![cfg_attr(
+    test,
+    allow(
+        clippy::disallowed_methods,
+        reason = "tests prepare their files plainly"
+    )
+)]
+
+pub mod call;
+pub mod kata;
+mod run;
+pub mod settings;
+pub mod table;
+
+pub use run::run;

@@ -1,0 +1,109 @@
+//! One call from beginning to end: settings by our name, preparing where it is a sandbox's `start`, then the inner shim.
+
+use std::convert::Infallible;
+use std::ffi::OsString;
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use km_host::{HostPath, Root};
+use rustix::fs::OFlags;
+
+use crate::call;
+use crate::settings::{self, Settings, SettingsError};
+
+/// Where the host's root is mounted, for containers and tests; `/` when it is not set.
+const HOST_ROOT: &str = "KATA_MANAGER_HOST_ROOT";
+
+/// What a refused start exits with: 3, as kata-manager itself (refused), and 1 when the inner shim cannot be run.
+const REFUSED: u8 = 3;
+
+/// Does what `argv` asks for. It comes back only when the inner shim is not run; that has been said on standard error, which
+/// containerd hands on to the kubelet.
+pub fn run(argv: &[OsString]) -> ExitCode {
+    let Err(refused) = become_inner(argv);
+    // Nobody is left to tell when this fails.
+    let _ = writeln!(io::stderr(), "kata-manager: {refused}");
+    ExitCode::from(REFUSED)
+}
+
+/// Why the inner shim is not run.
+#[derive(Debug, thiserror::Error)]
+enum Refused {
+    #[error(transparent)]
+    Settings(#[from] SettingsError),
+    #[error("{0}")]
+    Host(String),
+    #[error("cannot run {path}, the shim behind this handler: {why}")]
+    Exec { path: PathBuf, why: io::Error },
+}
+
+fn become_inner(argv: &[OsString]) -> Result<Infallible, Refused> {
+    let program = argv.first().and_then(|name| name.to_str());
+    let program = program.unwrap_or_default();
+    let root = std::env::var_os(HOST_ROOT).unwrap_or_else(|| "/".into());
+    let root = Root::new(&root).map_err(|error| Refused::Host(chain(&error)))?;
+    let found = load(&root, program);
+    let inner = match (found, call::parse(argv)) {
+        (Ok(settings), _) => settings.inner_shim,
+        (Err(error), Some(_)) => return Err(error.into()),
+        // A sandbox that outlives its handler's settings must still come to its end.
+        (Err(_), None) => HostPath::new(settings::DEFAULT_INNER)
+            .map_err(|error| Refused::Host(error.to_string()))?,
+    };
+    exec(&root, &inner, argv)
+}
+
+/// Becomes a program, with our arguments, environment, folder and descriptors.
+fn exec(root: &Root, inner: &HostPath, argv: &[OsString]) -> Result<Infallible, Refused> {
+    let path = match root.is_slash() {
+        true => inner.as_path().to_owned(),
+        false => root
+            .resolve(inner)
+            .map_err(|error| Refused::Host(chain(&error)))?,
+    };
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "this process becomes the program: nothing is started"
+    )]
+    let mut command = std::process::Command::new(&path);
+    command.args(argv.get(1..).unwrap_or_default());
+    if let Some(name) = argv.first() {
+        command.arg0(name);
+    }
+    let why = command.exec();
+    Err(Refused::Exec { path, why })
+}
+
+fn load(root: &Root, program: &str) -> Result<Settings, SettingsError> {
+    let handler = settings::handler_of(program)
+        .ok_or_else(|| SettingsError::Name(program.chars().take(100).collect()))?;
+    let path = Path::new(settings::DIR).join(settings::file_name(handler));
+    read(root, &path).map_err(|why| SettingsError::Unreadable {
+        handler: handler.to_owned(),
+        path: path.display().to_string(),
+        why,
+    })
+}
+
+fn read(root: &Root, path: &Path) -> Result<Settings, String> {
+    let file = root.open(path, OFlags::RDONLY).map_err(|e| e.to_string())?;
+    let mut bytes = Vec::new();
+    std::fs::File::from(file)
+        .take(settings::LIMIT)
+        .read_to_end(&mut bytes)
+        .map_err(|error| error.to_string())?;
+    Settings::parse(&bytes).map_err(|error| error.to_string())
+}
+
+/// An error with its causes, on one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        text = format!("{text}: {cause}");
+        next = cause.source();
+    }
+    text
+}
