@@ -1,0 +1,240 @@
+use std::future::pending;
+
+use futures_util::stream;
+use proptest::prelude::*;
+use tokio::net::UnixListener;
+use tonic::{Response, Status, async_trait};
+
+use super::*;
+use crate::wire::pod_resources_lister_server::{PodResourcesLister, PodResourcesListerServer};
+
+/// How the kubelet behaves.
+#[derive(Clone, Debug)]
+enum Manner {
+    Answer(wire::PodResources),
+    Fail(Status),
+    Throttle,
+    Hang,
+}
+
+#[derive(Debug)]
+struct Kubelet {
+    manner: Manner,
+    calls: std::sync::atomic::AtomicUsize,
+}
+
+impl Kubelet {
+    async fn pod(&self) -> Result<wire::PodResources, Status> {
+        let calls = self.calls.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+        match &self.manner {
+            Manner::Answer(pod) => Ok(pod.clone()),
+            Manner::Fail(status) => Err(status.clone()),
+            Manner::Throttle if calls < 2 => {
+                Err(Status::resource_exhausted("rejected by rate limit"))
+            }
+            Manner::Throttle => Ok(sample()),
+            Manner::Hang => pending().await,
+        }
+    }
+}
+
+#[async_trait]
+impl PodResourcesLister for Kubelet {
+    async fn list(
+        &self,
+        _: tonic::Request<wire::ListPodResourcesRequest>,
+    ) -> Result<Response<wire::ListPodResourcesResponse>, Status> {
+        Ok(Response::new(wire::ListPodResourcesResponse {
+            pod_resources: vec![self.pod().await?],
+        }))
+    }
+
+    async fn get_allocatable_resources(
+        &self,
+        _: tonic::Request<wire::AllocatableResourcesRequest>,
+    ) -> Result<Response<wire::AllocatableResourcesResponse>, Status> {
+        let pod = self.pod().await?;
+        let devices = pod.containers.into_iter().flat_map(|given| given.devices);
+        Ok(Response::new(wire::AllocatableResourcesResponse {
+            devices: devices.collect(),
+        }))
+    }
+
+    async fn get(
+        &self,
+        _: tonic::Request<wire::GetPodResourcesRequest>,
+    ) -> Result<Response<wire::GetPodResourcesResponse>, Status> {
+        Ok(Response::new(wire::GetPodResourcesResponse {
+            pod_resources: Some(self.pod().await?),
+        }))
+    }
+}
+
+fn sample() -> wire::PodResources {
+    wire::PodResources {
+        name: "train".to_owned(),
+        namespace: "lab".to_owned(),
+        containers: vec![wire::ContainerResources {
+            name: "main".to_owned(),
+            devices: vec![wire::ContainerDevices {
+                resource_name: "nvidia.com/pgpu".to_owned(),
+                device_ids: vec!["0000:41:00.0".to_owned(), "0000:42:00.0".to_owned()],
+                topology: Some(wire::TopologyInfo {
+                    nodes: vec![wire::NumaNode { id: 1 }],
+                }),
+            }],
+            dynamic_resources: vec![wire::DynamicResource {
+                claim_name: "fast".to_owned(),
+                claim_namespace: "lab".to_owned(),
+                claim_resources: vec![wire::ClaimResource {
+                    cdi_devices: vec![wire::CdiDevice {
+                        name: "k8s.gpu.nvidia.com/claim=7".to_owned(),
+                    }],
+                    driver_name: "gpu.nvidia.com".to_owned(),
+                    pool_name: "node".to_owned(),
+                    device_name: "gpu-7".to_owned(),
+                }],
+            }],
+        }],
+    }
+}
+
+/// A kubelet behind a socket, and a client of it.
+async fn client(manner: Manner, within: Duration) -> (tempfile::TempDir, Client) {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("kubelet.sock");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let incoming = stream::unfold(listener, async |listener| {
+        let accepted = listener.accept().await.map(|(connection, _)| connection);
+        Some((accepted, listener))
+    });
+    let service = PodResourcesListerServer::new(Kubelet {
+        manner,
+        calls: 0.into(),
+    });
+    tokio::spawn(tonic::transport::Server::builder().serve_with_incoming(service, incoming));
+    let client = Client::connect(&socket, within).await.unwrap();
+    (dir, client)
+}
+
+const SOON: Duration = Duration::from_secs(10);
+
+#[tokio::test]
+async fn all_calls_tell_what_was_given() {
+    let (_dir, client) = client(Manner::Answer(sample()), SOON).await;
+    let pod = client.get("lab", "train").await.unwrap();
+    assert_eq!(client.list().await.unwrap(), std::slice::from_ref(&pod));
+    let devices = &pod.containers[0].devices;
+    assert_eq!(&client.allocatable().await.unwrap(), devices);
+    assert_eq!(devices[0].numa_nodes, [1]);
+    let given: Vec<_> = pod.plugin_devices().collect();
+    assert_eq!(
+        given,
+        [
+            ("nvidia.com/pgpu", "0000:41:00.0"),
+            ("nvidia.com/pgpu", "0000:42:00.0")
+        ]
+    );
+    let claimed: Vec<_> = pod.claim_devices().flat_map(|claim| &claim.cdi).collect();
+    assert_eq!(claimed, ["k8s.gpu.nvidia.com/claim=7"]);
+    assert_eq!(pod.containers[0].claims[0].driver, "gpu.nvidia.com");
+}
+
+#[tokio::test]
+async fn an_answer_about_another_pod_is_refused() {
+    let (_dir, client) = client(Manner::Answer(sample()), SOON).await;
+    for (namespace, name) in [("lab", "other"), ("other", "train")] {
+        let error = client.get(namespace, name).await.unwrap_err();
+        assert!(matches!(error, Error::Malformed { .. }), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn what_the_kubelet_says_no_to_is_told_apart() {
+    for (status, unsupported, not_found) in [
+        (
+            Status::unknown("PodResources API Get method disabled"),
+            true,
+            false,
+        ),
+        (Status::unimplemented("unknown method Get"), true, false),
+        (
+            Status::unknown("pod train in namespace lab not found"),
+            false,
+            true,
+        ),
+        (Status::not_found("pod train"), false, true),
+        (Status::internal("the cow is on the ice"), false, false),
+    ] {
+        let (_dir, client) = client(Manner::Fail(status), SOON).await;
+        let error = client.get("lab", "train").await.unwrap_err();
+        assert_eq!(error.is_unsupported(), unsupported, "{error}");
+        assert_eq!(error.is_not_found(), not_found, "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_kubelet_that_is_busy_is_asked_again() {
+    let (_dir, client) = client(Manner::Throttle, SOON).await;
+    assert_eq!(client.get("lab", "train").await.unwrap().name, "train");
+}
+
+#[tokio::test]
+async fn the_deadline_is_for_everything_together() {
+    let start = Instant::now();
+    let (_dir, client) = client(Manner::Hang, Duration::from_millis(200)).await;
+    for _ in 0..5 {
+        let error = client.get("lab", "train").await.unwrap_err();
+        assert!(matches!(error, Error::Timeout { .. }), "{error}");
+        assert!(error.to_string().contains("within 0.2 s"), "{error}");
+    }
+    assert!(start.elapsed() < Duration::from_secs(5));
+}
+
+#[tokio::test]
+async fn nobody_or_somebody_else_behind_the_socket() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("s");
+    let error = Client::connect(&socket, SOON).await.unwrap_err();
+    assert!(matches!(error, Error::NotRunning { .. }), "{error}");
+    let listener = UnixListener::bind(&socket).unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut connection, _)) = listener.accept().await {
+            use tokio::io::AsyncWriteExt as _;
+            connection
+                .write_all(b"HTTP/1.1 200 OK\r\n\r\n")
+                .await
+                .unwrap();
+        }
+    });
+    let client = Client::connect(&socket, SOON).await;
+    let error = match client {
+        Ok(client) => client.list().await.unwrap_err(),
+        Err(error) => error,
+    };
+    assert!(matches!(error, Error::Disconnected { .. }), "{error}");
+}
+
+#[tokio::test]
+async fn too_large_and_too_many() {
+    let mut large = sample();
+    large.containers[0].name = "x".repeat(MAX_ANSWER);
+    let mut many = sample();
+    many.containers[0].devices[0].device_ids = vec!["a".to_owned(); MAX_DEVICES + 1];
+    for pod in [large, many] {
+        let (_dir, client) = client(Manner::Answer(pod), SOON).await;
+        let error = client.get("lab", "train").await.unwrap_err();
+        assert!(matches!(error, Error::Malformed { .. }), "{error}");
+    }
+}
+
+proptest! {
+    #[test]
+    fn any_bytes_are_an_answer_or_an_error(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
+        use prost::Message as _;
+        if let Ok(answer) = wire::GetPodResourcesResponse::decode(&bytes[..]) {
+            let mut left = MAX_DEVICES;
+            let _ = pod("Get", answer.pod_resources.unwrap_or_default(), &mut left);
+        }
+    }
+}
