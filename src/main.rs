@@ -11,6 +11,7 @@ mod execute;
 mod failure;
 mod flavor;
 mod journal;
+mod kata;
 mod log;
 mod node;
 mod observe;

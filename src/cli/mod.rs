@@ -148,7 +148,7 @@ enum Command {
     /// Write, list and check CDI specs, by which containerd and Kata find devices.
     #[command(subcommand)]
     Cdi(cdi::Command),
-    /// Draw the PCI tree with GPUs, switches, IOMMU groups, NUMA nodes, drivers and users.
+    /// Draw the PCI tree with GPUs, switches, IOMMU groups, NUMA nodes, drivers and users; or the one that a guest will have.
     Topology(topology::Arguments),
     /// Print Kubernetes RuntimeClass objects.
     #[command(subcommand)]
@@ -210,7 +210,7 @@ async fn dispatch(cli: Cli) -> Result<u8> {
         Command::Containerd(command) => containerd::run(global, &command).await?,
         Command::Devices(command) => devices::run(global, &command)?,
         Command::Cdi(command) => cdi::run(global, &command).await?,
-        Command::Topology(arguments) => topology::run(global, &arguments)?,
+        Command::Topology(arguments) => topology::run(global, &arguments).await?,
         Command::Runtimeclasses(command) => runtimeclasses::run(global, &command)?,
         Command::Config(command) => config::run(global, &command)?,
         Command::Completions { shell } => {

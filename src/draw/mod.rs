@@ -1,5 +1,6 @@
 //! Drawings of the PCI tree, and the words that drawings and tables share. Data in, text out: nothing here reads or writes.
 
+pub(crate) mod planned;
 mod svg;
 mod text;
 

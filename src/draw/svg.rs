@@ -10,22 +10,22 @@ use km_vfio::{Address, BridgeKind, Function, Inventory, Users};
 
 use super::{Mood, domain, link, shortened, state};
 
-const MARGIN: usize = 24;
-const HEADER: usize = 64;
-const FOOTER: usize = 40;
+pub(super) const MARGIN: usize = 24;
+pub(super) const HEADER: usize = 64;
+pub(super) const FOOTER: usize = 40;
 /// From one card to the next.
-const ROW: usize = 58;
-const CARD: usize = 48;
-const CARD_WIDTH: usize = 560;
+pub(super) const ROW: usize = 58;
+pub(super) const CARD: usize = 48;
+pub(super) const CARD_WIDTH: usize = 560;
 /// From one column of boxes to the next.
-const COLUMN: usize = 132;
-const BOX: usize = 104;
+pub(super) const COLUMN: usize = 132;
+pub(super) const BOX: usize = 104;
 /// A panel's title.
 const TITLE: usize = 36;
 /// The most columns of bridges that are drawn. Real machines have five at most.
 const COLUMNS: usize = 12;
 
-const STYLE: &str = "\
+pub(super) const STYLE: &str = "\
 :root{color-scheme:light dark}\
 text{font:13px ui-sans-serif,-apple-system,'Segoe UI','DejaVu Sans',sans-serif;fill:#1f2328}\
 .bg{fill:#fff;stroke:#d0d7de}.panel{fill:#f6f8fa;stroke:#d0d7de}.box{fill:#fff;stroke:#afb8c1}\
@@ -295,7 +295,7 @@ impl Picture<'_> {
     }
 }
 
-fn plural(count: usize, one: &str, many: &str) -> String {
+pub(super) fn plural(count: usize, one: &str, many: &str) -> String {
     format!("{count} {}", if count == 1 { one } else { many })
 }
 
@@ -307,7 +307,7 @@ fn details(function: &Function) -> String {
     text
 }
 
-fn middle(ends: &[(usize, usize)]) -> usize {
+pub(super) fn middle(ends: &[(usize, usize)]) -> usize {
     let first = ends.first().map_or(0, |end| end.1);
     let last = ends.last().map_or(0, |end| end.1);
     (first + last) / 2
@@ -323,7 +323,7 @@ fn class(mood: Mood) -> &'static str {
 }
 
 /// Text for XML. Control characters, which XML cannot carry, are left out.
-fn escaped(text: &str) -> String {
+pub(super) fn escaped(text: &str) -> String {
     let mut safe = String::with_capacity(text.len());
     for char in text.chars() {
         match char {

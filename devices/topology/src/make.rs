@@ -442,6 +442,13 @@ fn tell(plan: &mut Plan) {
         "kubelet waits for a sandbox twice its runtimeRequestTimeout: set that to {} s or more",
         seconds.div_ceil(2)
     ));
+    let nodes = plan.guest.numa.len();
+    if plan.layout == Layout::Numa && usize::try_from(plan.guest.vcpus).is_ok_and(|n| n < nodes) {
+        plan.notes.push(format!(
+            "the guest has {} processors on {nodes} NUMA nodes, so some nodes have none: give it {nodes} or more",
+            plan.guest.vcpus
+        ));
+    }
     if plan.iommufd.len() > 1 {
         let gib = memory.div_ceil(1024);
         plan.notes.push(format!(
