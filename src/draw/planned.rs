@@ -227,7 +227,7 @@ pub(crate) fn svg(plan: &Plan, names: &Names) -> String {
         .into_iter()
         .map(|(key, value)| format!("{key} = {value}"))
         .collect();
-    picture.text(MARGIN, y + 10, "small", &told.join("   "));
+    picture.text(MARGIN, y + 10, "small", &told.join(" · "));
     let height = y + FOOTER - 8;
     let title = escaped(&title(plan));
     let shapes = picture.shapes;
@@ -302,9 +302,14 @@ impl Picture<'_> {
         self.add(format_args!(
             "<rect class=\"box\" x=\"{x}\" y=\"{above}\" width=\"{BOX}\" height=\"36\" rx=\"6\"/>"
         ));
-        let what = format!("{} · bus {:02x}", part.what, part.bus);
-        self.text(x + 8, y - 3, "small", &what);
-        self.text(x + 8, y + 12, "mono", &shortened(part.name, 12));
+        self.text(x + 8, y - 3, "small", part.what);
+        self.add(format_args!(
+            "<text class=\"small\" x=\"{}\" y=\"{}\" text-anchor=\"end\">bus {:02x}</text>",
+            x + BOX - 8,
+            y + 12,
+            part.bus
+        ));
+        self.text(x + 8, y + 12, "mono", &shortened(part.name, 10));
         (x, y)
     }
 

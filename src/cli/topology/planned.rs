@@ -3,7 +3,6 @@
 use std::str::FromStr;
 
 use anyhow::{Context as _, Result};
-use km_host::Root;
 use km_host::claims::{Claims, Found};
 use km_topology::{Class, Device, Flavor, Guest, Kata, Layout, Request, Version, Writer};
 use km_vfio::{Address, Function, Inventory};
@@ -143,6 +142,18 @@ pub(super) async fn run(
     if guest.kata_version.is_none() {
         plan.notes.extend(found.warning(&node.config.provider));
     }
+    let idle: Vec<String> = named
+        .functions
+        .iter()
+        .filter(|function| !function.on_vfio())
+        .map(|function| function.address.short())
+        .collect();
+    if !idle.is_empty() {
+        plan.notes.push(format!(
+            "not on VFIO yet: {}; `kata-manager devices bind` gives them",
+            idle.join(", ")
+        ));
+    }
     let names = named
         .functions
         .iter()
@@ -221,8 +232,11 @@ async fn of_pod(node: &Node, namespace: &str, name: &str) -> Result<(Vec<Address
     for found in claims.list()? {
         let Found::Claim(claim) = found else { continue };
         if ids.contains(&claim.sandbox.as_str()) && claims.is_alive(&claim) {
-            let addresses: Result<Vec<Address>, _> =
-                claim.devices.iter().map(|one| one.parse()).collect();
+            let addresses: Result<Vec<Address>, _> = claim
+                .devices
+                .iter()
+                .map(|one| one.address.parse())
+                .collect();
             let addresses = addresses
                 .with_context(|| format!("read the claim of sandbox {}", claim.sandbox))?;
             return Ok((addresses, claim.class));
