@@ -51,7 +51,7 @@ mod tests {
         let mut before = 0;
         for gib in [8, 64, 512, 1024, 2048, 1 << 40] {
             let now = seconds(true, 8, gib * 1024, 8);
-            assert!(now >= before && now % 60 == 0, "{gib}: {now}");
+            assert!(now >= before && now.is_multiple_of(60), "{gib}: {now}");
             assert!(now >= seconds(false, 8, gib * 1024, 8));
             before = now;
         }

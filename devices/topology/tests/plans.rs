@@ -259,7 +259,11 @@ fn sound(asked: &Request, made: &Plan) {
         let port = made.port(&device.port).expect("its port is planned");
         assert!(port.kind == PortKind::Downstream || made.layout != Layout::SwitchPort);
         if made.layout == Layout::Numa {
-            let expander = made.expanders.iter().find(|e| e.id == port.parent).unwrap();
+            let expander = made
+                .expanders
+                .iter()
+                .find(|e| e.id == port.parent)
+                .expect("its expander is planned");
             assert_eq!(Some(expander.host_node), device.host_node);
         }
         if let Some(object) = &device.iommufd {

@@ -497,7 +497,7 @@ fn guests_of_prepared_machines_are_planned() {
     let svg = plan(&["13:00.0,94:00.0", "--layout", "switch-port", "--svg", "-"]);
     assert_snapshot!("topology_plan_svg", svg);
     for (code, words) in [
-        (3, &["all", "--numa", "0"][..]),
+        (3, &["all", "--numa", "0,2"][..]),
         (3, &["all", "--kata-version", "4.0"]),
         (3, &["all", "--kata-runtime", "rust"]),
         (3, &["13:00.0,13:00.0", "--layout", "numa"]),
