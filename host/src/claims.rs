@@ -177,6 +177,15 @@ impl<'a> Claims<'a> {
         Ok(names.iter().filter_map(|name| self.read(name)).collect())
     }
 
+    /// What is found under a sandbox's name; `None` where it has no claim.
+    ///
+    /// # Errors
+    /// When its id is not usable as a name.
+    pub fn get(&self, sandbox: &str) -> Result<Option<Found>, Error> {
+        self.path(sandbox)?;
+        Ok(self.read(&format!("{sandbox}.json")))
+    }
+
     /// Whether a claim's sandbox still lives: it was made in this boot, and its bundle is there or its maker runs.
     pub fn is_alive(&self, claim: &Claim) -> bool {
         if claim.format > FORMAT {
@@ -334,6 +343,8 @@ mod tests {
         let error = claims.create(&other).unwrap_err();
         assert!(error.to_string().contains("a.json"), "{error}");
         assert_eq!(claims.list().unwrap(), [Found::Claim(claim("a"))]);
+        assert_eq!(claims.get("a").unwrap(), Some(Found::Claim(claim("a"))));
+        assert_eq!(claims.get("b").unwrap(), None);
         let folder = dir.path().join("run/kata-manager/sandboxes");
         assert_eq!(fs::read_dir(&folder).unwrap().count(), 1);
         claims.remove("a").unwrap();
@@ -356,6 +367,7 @@ mod tests {
         ] {
             assert!(claims.create(&claim(id)).is_err(), "{id:?}");
             assert!(claims.remove(id).is_err(), "{id:?}");
+            assert!(claims.get(id).is_err(), "{id:?}");
         }
     }
 

@@ -5,6 +5,7 @@
 //! - [`settings`]: what is configured for a handler.
 //! - [`call`]: what containerd asks for.
 //! - [`kata`], [`table`]: which Kata there is, and what is done with a device from where.
+//! - [`launch`]: the second program, which stands in QEMU's place and checks what Kata made of the devices.
 //!
 //! It must not know containerd's configuration, registries, or Kubernetes beyond the kubelet's PodResources API; it links
 //! neither a TLS nor a Kubernetes client.
@@ -19,6 +20,7 @@
 
 pub mod call;
 pub mod kata;
+pub mod launch;
 mod run;
 pub mod settings;
 pub mod table;

@@ -2,13 +2,12 @@
 
 use std::convert::Infallible;
 use std::ffi::OsString;
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, Write as _};
 use std::os::unix::process::CommandExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use km_host::{HostPath, Root};
-use rustix::fs::OFlags;
 
 use crate::call;
 use crate::settings::{self, Settings, SettingsError};
@@ -79,22 +78,7 @@ fn exec(root: &Root, inner: &HostPath, argv: &[OsString]) -> Result<Infallible, 
 fn load(root: &Root, program: &str) -> Result<Settings, SettingsError> {
     let handler = settings::handler_of(program)
         .ok_or_else(|| SettingsError::Name(program.chars().take(100).collect()))?;
-    let path = Path::new(settings::DIR).join(settings::file_name(handler));
-    read(root, &path).map_err(|why| SettingsError::Unreadable {
-        handler: handler.to_owned(),
-        path: path.display().to_string(),
-        why,
-    })
-}
-
-fn read(root: &Root, path: &Path) -> Result<Settings, String> {
-    let file = root.open(path, OFlags::RDONLY).map_err(|e| e.to_string())?;
-    let mut bytes = Vec::new();
-    std::fs::File::from(file)
-        .take(settings::LIMIT)
-        .read_to_end(&mut bytes)
-        .map_err(|error| error.to_string())?;
-    Settings::parse(&bytes).map_err(|error| error.to_string())
+    settings::load(root, handler)
 }
 
 /// An error with its causes, on one line.

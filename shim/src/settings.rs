@@ -1,10 +1,15 @@
 //! What the shim and the launcher must know of their handler: `/etc/kata-manager/handlers/<handler>.json`, which `apply` writes.
-//! Bytes in, bytes out, and the file's place.
+//! [`Settings::parse`] and [`Settings::render`] are pure; [`load`] and [`list`] read.
 
-use km_host::HostPath;
+use std::io::Read as _;
+use std::path::Path;
+
+use km_host::{HostPath, Root};
+use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 
 use crate::kata::Kata;
+use crate::launch::Launch;
 use crate::table::Containerd;
 
 /// The folder of these files, on the host.
@@ -52,6 +57,9 @@ pub struct Settings {
     /// What happens when something is missing that goes with a pod's devices.
     #[serde(default)]
     pub companions: Companions,
+    /// What is done with the launch of its QEMU.
+    #[serde(default)]
+    pub launch: Launch,
 }
 
 fn kubelet_timeout() -> u64 {
@@ -112,13 +120,68 @@ impl Settings {
     }
 }
 
+/// Reads the settings of a handler, which must be a name that [`handler_of`] could give.
+///
+/// # Errors
+/// [`SettingsError`], with what is wrong.
+pub fn load(root: &Root, handler: &str) -> Result<Settings, SettingsError> {
+    if !is_plain(handler) {
+        return Err(SettingsError::Name(handler.chars().take(100).collect()));
+    }
+    let path = Path::new(DIR).join(file_name(handler));
+    read(root, &path).map_err(|why| SettingsError::Unreadable {
+        handler: handler.to_owned(),
+        path: path.display().to_string(),
+        why,
+    })
+}
+
+/// The handlers that have settings, in order.
+///
+/// # Errors
+/// When the folder cannot be listed; an absent one has none.
+pub fn list(root: &Root) -> Result<Vec<String>, km_host::Error> {
+    let dir = Path::new(DIR);
+    let wrong = |error| km_host::Error::io("name", dir)(std::io::Error::other(error));
+    let ours = root.resolve(&HostPath::new(DIR).map_err(wrong)?)?;
+    let entries = match std::fs::read_dir(&ours) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(km_host::Error::io("list", &ours)(error)),
+    };
+    let mut names = Vec::new();
+    for entry in entries {
+        let name = entry
+            .map_err(km_host::Error::io("list", &ours))?
+            .file_name();
+        let name = name.to_str().and_then(|name| name.strip_suffix(".json"));
+        names.extend(name.filter(|name| is_plain(name)).map(str::to_owned));
+    }
+    names.sort();
+    Ok(names)
+}
+
+fn read(root: &Root, path: &Path) -> Result<Settings, String> {
+    let file = root.open(path, OFlags::RDONLY).map_err(|e| e.to_string())?;
+    let mut bytes = Vec::new();
+    std::fs::File::from(file)
+        .take(LIMIT)
+        .read_to_end(&mut bytes)
+        .map_err(|error| error.to_string())?;
+    Settings::parse(&bytes).map_err(|error| error.to_string())
+}
+
 /// The handler that a program's name stands for: `containerd-shim-<handler>-v2`. What cannot be a file's name is none.
 pub fn handler_of(program: &str) -> Option<&str> {
     let name = program.rsplit('/').next()?;
     let handler = name.strip_prefix("containerd-shim-")?.strip_suffix("-v2")?;
+    is_plain(handler).then_some(handler)
+}
+
+/// Whether a handler's name is a file's name, too.
+fn is_plain(handler: &str) -> bool {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
-    (!handler.is_empty() && !handler.starts_with('.') && handler.bytes().all(plain))
-        .then_some(handler)
+    !handler.is_empty() && !handler.starts_with('.') && handler.bytes().all(plain)
 }
 
 /// Where a handler's settings are, relative to [`DIR`].
