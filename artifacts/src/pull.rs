@@ -4,7 +4,11 @@
 //! the manifest, by which the artifact becomes complete. So a killed or failed pull leaves verified parts that the next one
 //! need not fetch, and never an artifact.
 //!
+//! An archive is unpacked while it is fetched, into temporary files that are placed once its digest is verified.
+//!
 //! It must not know of classes and generations.
+
+mod early;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
@@ -16,6 +20,7 @@ use std::sync::Arc;
 use futures_util::stream::{self, TryStreamExt};
 use tokio::sync::Semaphore;
 
+use self::early::Early;
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::generation::Artifact;
@@ -83,6 +88,9 @@ pub(crate) trait Blobs: Sync {
         size: u64,
         into: &mut Download<'_>,
     ) -> impl Future<Output = Result<()>> + Send;
+
+    /// Whether there is nobody else to ask: bytes that are of no use are the only ones then, before they are all there.
+    fn is_only_source(&self) -> bool;
 }
 
 struct Registry<'a> {
@@ -104,6 +112,10 @@ impl Blobs for Registry<'_> {
             },
             other => other.into(),
         })
+    }
+
+    fn is_only_source(&self) -> bool {
+        self.client.has_one_way(self.reference)
     }
 }
 
@@ -231,6 +243,7 @@ fn drop_spent(store: &Store, artifact: &Artifact) -> Result<()> {
         if store.has_blob(&layer.digest, layer.size)? {
             store.drop_blob(&layer.digest)?;
         }
+        store.drop_partial(&layer.digest)?;
     }
     Ok(())
 }
@@ -442,13 +455,31 @@ async fn bring(
     let mut fetched = None;
     if fetch {
         let mut download = Download::start(store, &job, progress)?;
-        if let Err(error) = blobs.fetch(&job.digest, job.size, &mut download).await {
+        // What an earlier process left may be damaged, and a mirror may lie: then only the digest tells who is to blame.
+        let may_stop = download.blob.kept() == 0 && blobs.is_only_source();
+        let mut early = Early::start(store, &job, &download.blob, limits, workers).await;
+        let fetch = blobs.fetch(&job.digest, job.size, &mut download);
+        let received = match &mut early {
+            Some(early) if may_stop => early.unless_hostile(fetch).await,
+            _ => fetch.await,
+        };
+        if let Err(error) = received {
             if error.is_verification() {
                 download.blob.discard();
             }
             return Err(error);
         }
-        fetched = Some(download.finish().await?);
+        let blob = download.finish().await?;
+        let unpacked = match early {
+            Some(early) => early.finish().await,
+            None => None,
+        };
+        if let Some(unpacked) = unpacked {
+            early::keep(store, job, blob, unpacked, workers).await?;
+            progress.done(item);
+            return Ok(());
+        }
+        fetched = Some(blob);
     }
     let (store, limits) = (store.clone(), limits.clone());
     // The semaphore is never closed.

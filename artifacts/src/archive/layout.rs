@@ -246,6 +246,10 @@ fn is_signature_tag(name: &str) -> bool {
 }
 
 impl Blobs for Layout {
+    fn is_only_source(&self) -> bool {
+        true
+    }
+
     async fn fetch(&self, digest: &Digest, size: u64, into: &mut Download<'_>) -> Result<()> {
         let (mut from, held) = self.blob(digest)?;
         if held != size {

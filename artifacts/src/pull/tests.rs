@@ -14,6 +14,8 @@ struct Memory {
     fetched: Mutex<Vec<String>>,
     /// Breaks off once in the middle of every blob and starts over.
     breaks: bool,
+    /// Of a large blob only the first half ever comes.
+    hangs: bool,
 }
 
 impl Memory {
@@ -31,6 +33,10 @@ impl Memory {
 }
 
 impl Blobs for Memory {
+    fn is_only_source(&self) -> bool {
+        true
+    }
+
     async fn fetch(&self, digest: &Digest, size: u64, into: &mut Download<'_>) -> Result<()> {
         self.fetched.lock().unwrap().push(digest.to_string());
         let bytes = &self.blobs[&digest.to_string()];
@@ -38,6 +44,10 @@ impl Blobs for Memory {
         if self.breaks {
             into.write(&bytes[..bytes.len() / 2]).map_err(ours)?;
             into.restart().map_err(ours)?;
+        }
+        if self.hangs && bytes.len() > 1 << 20 {
+            into.write(&bytes[..bytes.len() / 2]).map_err(ours)?;
+            return std::future::pending().await;
         }
         for piece in bytes.chunks(5) {
             into.write(piece).map_err(ours)?;
@@ -104,7 +114,20 @@ fn raw(files: &[(&str, &[u8])]) -> Guest {
     guest(layers, memory)
 }
 
-fn gzip_tar(files: &[(&str, &[u8])]) -> (Vec<u8>, Digest) {
+/// Bytes that do not compress.
+pub(super) fn noise(len: usize) -> Vec<u8> {
+    let mut state = 0x2545_f491_4f6c_dd1d_u64;
+    let next = || {
+        // Marsaglia, "Xorshift RNGs" (2003).
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()[0]
+    };
+    std::iter::repeat_with(next).take(len).collect()
+}
+
+pub(super) fn gzip_tar(files: &[(&str, &[u8])]) -> (Vec<u8>, Digest) {
     let mut builder = tar::Builder::new(Vec::new());
     for (path, bytes) in files {
         let mut header = tar::Header::new_gnu();
@@ -140,7 +163,7 @@ fn packed(files: &[(&str, &[u8])], content: Option<&Digest>) -> (Guest, Digest) 
     )
 }
 
-fn store() -> (tempfile::TempDir, Store) {
+pub(super) fn store() -> (tempfile::TempDir, Store) {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path()).unwrap();
     store.init().unwrap();
@@ -167,7 +190,7 @@ async fn run_with(
 }
 
 /// Names of all regular files below a folder.
-fn files(dir: &std::path::Path) -> Vec<String> {
+pub(super) fn files(dir: &std::path::Path) -> Vec<String> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();
@@ -182,7 +205,7 @@ fn files(dir: &std::path::Path) -> Vec<String> {
 }
 
 /// Contents, blobs, records: what is under a final name.
-fn final_names(store: &Store) -> Vec<String> {
+pub(super) fn final_names(store: &Store) -> Vec<String> {
     let top = store.store_dir();
     assert_eq!(
         files(&top.join("tmp")),
@@ -406,4 +429,47 @@ async fn an_artifact_is_laid_out_and_never_over_the_store() {
     let error = store.lay_out(&evil).unwrap_err();
     assert!(error.is_verification(), "{error}");
     assert!(!dir.path().join(".store/state/lock").exists());
+}
+
+/// The configuration may have been quicker than the archive.
+fn nothing_of_the_archive(store: &Store) {
+    let config = Digest::of(b"{}").hex().to_owned();
+    let names = final_names(store);
+    assert!(names.iter().all(|name| *name == config), "{names:?}");
+    assert!(files(&store.store_dir().join("partial")).is_empty());
+}
+
+#[tokio::test]
+async fn a_hostile_archive_is_not_fetched_to_its_end() {
+    let (_dir, store) = store();
+    let (mut guest, _) = packed(&[("../evil", b"evil"), ("big", &noise(8 << 20))], None);
+    guest.memory.hangs = true;
+    let pulled = tokio::time::timeout(std::time::Duration::from_secs(60), run(&store, &guest));
+    let error = pulled.await.expect("it stops by itself").unwrap_err();
+    assert!(matches!(error, Error::Hostile { .. }), "{error}");
+    nothing_of_the_archive(&store);
+}
+
+#[tokio::test]
+async fn an_archive_that_does_not_verify_leaves_nothing() {
+    let (_dir, store) = store();
+    let (mut guest, layer) = packed(&[("vmlinuz", b"kernel"), ("b", &noise(2 << 20))], None);
+    // RFC 1952: the time in the header, which nobody checks but the digest.
+    let blob = guest.memory.blobs.get_mut(&layer.to_string()).unwrap();
+    blob[4] ^= 1;
+    let error = run(&store, &guest).await.unwrap_err();
+    assert!(error.is_verification(), "{error}");
+    nothing_of_the_archive(&store);
+    guest.memory.blobs.get_mut(&layer.to_string()).unwrap()[4] ^= 1;
+    assert_eq!(run(&store, &guest).await.unwrap().files.len(), 2);
+}
+
+#[tokio::test]
+async fn an_archive_that_begins_again_is_unpacked_all_the_same() {
+    let (_dir, store) = store();
+    let (mut guest, _) = packed(&[("vmlinuz", b"kernel"), ("b", &noise(4 << 20))], None);
+    guest.memory.breaks = true;
+    let artifact = run(&store, &guest).await.unwrap();
+    assert_eq!(artifact.files.len(), 2);
+    final_names(&store);
 }

@@ -205,6 +205,11 @@ impl Walk {
         &self.ways.0[self.order[self.at]]
     }
 
+    /// Whether there is nobody else to ask.
+    pub(super) fn is_single(&self) -> bool {
+        self.order.len() == 1
+    }
+
     /// Whom to ask now.
     pub(super) fn session(&self) -> &Session {
         &self.way().session

@@ -223,6 +223,12 @@ impl Client {
         }
     }
 
+    /// Whether blobs of the reference's repository can come from one place only: there is no mirror.
+    pub(crate) fn has_one_way(&self, reference: &Reference) -> bool {
+        let walk = self.0.walk(reference.registry(), Need::Pull);
+        walk.is_ok_and(|walk| walk.is_single())
+    }
+
     /// What refers to a digest, of one artifact type: first as the registry's API lists it, then as the fallback tag does.
     /// A registry without the API has only the second. The descriptors are its word, not verified.
     ///

@@ -21,6 +21,7 @@ mod check;
 mod collect;
 mod complete;
 mod direct;
+mod follow;
 mod generations;
 mod oci;
 mod partial;
@@ -53,6 +54,7 @@ pub(crate) use oci::NamedManifest;
 pub(crate) use partial::{PartWriter, PartialBlob};
 pub(crate) use sink::FileSink;
 pub(crate) use temp::TempFile;
+pub(crate) use unpacking::UnpackedLayer;
 
 /// The one folder in `artifactsDir` that is ours besides the classes' symlinks.
 pub(crate) const STORE: &str = ".store";

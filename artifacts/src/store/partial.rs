@@ -7,7 +7,8 @@
 //! the whole blob's digest decides.
 //!
 //! Bytes that come in order are hashed out of the buffer that is written then. What comes before its turn, or was there
-//! before, is read back and hashed by a thread of its own, so memory does not grow with the blob.
+//! before, is read back and hashed by a thread of its own, so memory does not grow with the blob. Who wants the bytes before
+//! they are all there follows them (`follow`), and must not trust them before the digest is known.
 //!
 //! Stale ones go when the store is locked and they are older than [`STALE`], and whenever their space is needed.
 
@@ -26,6 +27,7 @@ use rustix::io::Errno;
 use tokio::sync::Notify;
 
 use super::direct::{BLOCK, BUFFER, Buffer, DirectFile};
+use super::follow::Following;
 use super::ranges::Ranges;
 use super::writer::Writer;
 use super::{Store, names};
@@ -52,9 +54,9 @@ pub(crate) struct PartialBlob {
 }
 
 #[derive(Debug)]
-struct Shared {
-    file: Arc<DirectFile>,
-    size: u64,
+pub(super) struct Shared {
+    pub(super) file: Arc<DirectFile>,
+    pub(super) size: u64,
     digest: Digest,
     state: Mutex<State>,
     /// More is written, or the hasher is free, or it is time to end.
@@ -70,6 +72,8 @@ struct State {
     hasher: Option<Hasher>,
     /// Up to where it has come.
     at: u64,
+    /// How often everything was forgotten.
+    restarts: u64,
     end: bool,
     failed: Option<io::Error>,
 }
@@ -127,6 +131,28 @@ impl Shared {
                 }
             }
         }
+    }
+
+    /// Waits for bytes at `from`, and says where they end; none when they will not come: since then everything was forgotten,
+    /// or nobody wants the blob any more.
+    pub(super) fn wait_for(&self, from: u64, restarts: u64) -> Option<u64> {
+        let mut state = self.lock();
+        while !state.end && state.restarts == restarts {
+            let end = state.written.end_from(from);
+            if end > from {
+                return Some(end);
+            }
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        None
+    }
+
+    /// How often everything was forgotten.
+    pub(super) fn restarts(&self) -> u64 {
+        self.lock().restarts
     }
 
     /// Waits for bytes whose turn it is.
@@ -245,6 +271,7 @@ impl PartialBlob {
                     written: Ranges::default(),
                     hasher: Some(Hasher::like(digest)),
                     at: 0,
+                    restarts: 0,
                     end: false,
                     failed: None,
                 }),
@@ -376,6 +403,11 @@ impl PartialBlob {
         }
     }
 
+    /// Reads the bytes in order while they come. Once this is dropped, or begins again, there are no more.
+    pub(crate) fn follow(&self) -> Following {
+        Following::new(Arc::clone(&self.shared))
+    }
+
     /// Where the file is.
     pub(crate) fn path(&self) -> &Path {
         self.shared.file.path()
@@ -412,9 +444,11 @@ impl PartialBlob {
             state.written = Ranges::default();
             state.hasher = Some(Hasher::like(&self.shared.digest));
             state.at = 0;
+            state.restarts += 1;
             state.end = false;
             state.failed = None;
         }
+        self.shared.changed.notify_all();
         self.begin()
     }
 
@@ -479,6 +513,14 @@ impl Store {
     fn partial_path(&self, digest: &Digest) -> PathBuf {
         self.partial_dir()
             .join(format!("{}-{}", digest.algorithm().as_str(), digest.hex()))
+    }
+
+    /// Removes what is there of a blob that nobody needs.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    pub(crate) fn drop_partial(&self, digest: &Digest) -> Result<()> {
+        Ok(atomic::remove_file(&self.partial_path(digest))?)
     }
 
     /// Bytes of the disk that parts of a blob hold already.

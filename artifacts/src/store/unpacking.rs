@@ -2,7 +2,7 @@
 //! found acceptable.
 
 use std::collections::HashSet;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::Read;
 
 use km_host::Error as HostError;
@@ -78,6 +78,12 @@ impl Output for StoreOutput<'_> {
     }
 }
 
+/// What a layer unpacked to, in temporary files; dropping it removes them.
+pub(crate) struct UnpackedLayer {
+    pending: Vec<(TempFile, Digest, bool)>,
+    record: Record,
+}
+
 impl Store {
     /// Unpacks a layer whose blob is in the store, and writes down what it held. With `content`, the uncompressed tar must
     /// have that digest. Blocks for as long as it takes.
@@ -97,7 +103,23 @@ impl Store {
             .metadata()
             .map_err(HostError::io("look at", &path))?
             .len();
-        let limits = &limits.of_layer(format, length);
+        let limits = limits.of_layer(format, length);
+        self.keep_unpacked(self.unpack_stream(blob, layer, format, content, &limits)?)
+    }
+
+    /// Unpacks a layer into temporary files, and places nothing. The layer's own digest is its caller's to verify. Blocks for
+    /// as long as it takes.
+    ///
+    /// # Errors
+    /// As [`Store::unpack_layer`].
+    pub(crate) fn unpack_stream(
+        &self,
+        blob: impl Read + Send,
+        layer: &Digest,
+        format: Format,
+        content: Option<&Digest>,
+        limits: &Limits,
+    ) -> Result<UnpackedLayer> {
         let mut output = StoreOutput::new(self);
         let mut hasher = content.map_or_else(Hasher::new, Hasher::like);
         let unpacked = unpack(blob, format, limits, &mut output, &mut |bytes| {
@@ -112,8 +134,27 @@ impl Store {
                 got,
             });
         }
-        self.place_contents(output.pending)?;
-        let record = record(layer, got, unpacked);
+        Ok(UnpackedLayer {
+            pending: output.pending,
+            record: record(layer, got, unpacked),
+        })
+    }
+
+    /// Places what a layer unpacked to and writes it down. The layer must have been verified.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    pub(crate) fn keep_unpacked(&self, unpacked: UnpackedLayer) -> Result<Record> {
+        let UnpackedLayer { pending, record } = unpacked;
+        let mut lacking = Vec::new();
+        for (temp, digest, executable) in pending {
+            // Another layer may have brought it meanwhile.
+            let meta = fs::metadata(temp.path()).map_err(HostError::io("look at", temp.path()))?;
+            if !self.has_content(&digest, meta.len(), executable)? {
+                lacking.push((temp, digest, executable));
+            }
+        }
+        self.place_contents(lacking)?;
         self.write_record(&record)?;
         Ok(record)
     }

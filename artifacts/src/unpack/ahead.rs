@@ -1,4 +1,5 @@
-//! Reads ahead on a thread of its own: decompression is most of the work of unpacking, and need not wait for the rest.
+//! Reads ahead on a thread of its own: decompression is most of the work of unpacking, and need not wait for the rest. What
+//! was read passes somebody else's thread on its way, who hashes it.
 //!
 //! It must not know what the bytes are.
 
@@ -10,7 +11,7 @@ use std::thread::{Builder, Scope};
 const PIECE: usize = 256 << 10;
 
 /// Pieces that may be ahead. It bounds memory.
-const PIECES: usize = 4;
+const PIECES: usize = 6;
 
 /// What another thread has read, in order, and its error where it had one.
 pub(super) struct Ahead {
@@ -21,14 +22,17 @@ pub(super) struct Ahead {
 }
 
 impl Ahead {
-    /// Starts the thread. It ends with the source, or soon after this is dropped.
+    /// Starts the threads. They end with the source, or soon after this is dropped: when the source has given what it was
+    /// asked for. `tap` sees every piece before it can be read here.
     ///
     /// # Errors
-    /// When the system gives no thread.
+    /// When the system gives no threads.
     pub(super) fn start<'scope>(
         scope: &'scope Scope<'scope, '_>,
         source: impl Read + Send + 'scope,
+        tap: &'scope mut (dyn FnMut(&[u8]) + Send),
     ) -> io::Result<Ahead> {
+        let (to_tap, untapped) = sync_channel(PIECES);
         let (to_reader, full) = sync_channel(PIECES);
         let (empty, from_reader) = sync_channel(PIECES);
         for _ in 0..PIECES {
@@ -37,7 +41,10 @@ impl Ahead {
         }
         Builder::new()
             .name("decompress".to_owned())
-            .spawn_scoped(scope, move || read_all(source, &from_reader, &to_reader))?;
+            .spawn_scoped(scope, move || read_all(source, &from_reader, &to_tap))?;
+        Builder::new()
+            .name("tar-hash".to_owned())
+            .spawn_scoped(scope, move || pass_on(&untapped, tap, &to_reader))?;
         Ok(Ahead {
             full,
             empty,
@@ -93,6 +100,23 @@ fn read_all(
     }
 }
 
+/// The second thread's work: shows each piece and hands it on.
+fn pass_on(
+    from: &Receiver<io::Result<Vec<u8>>>,
+    tap: &mut (dyn FnMut(&[u8]) + Send),
+    to: &SyncSender<io::Result<Vec<u8>>>,
+) {
+    for piece in from {
+        if let Ok(bytes) = &piece {
+            tap(bytes);
+        }
+        if to.send(piece).is_err() {
+            // Nobody reads any more.
+            return;
+        }
+    }
+}
+
 /// Reads until the piece is full or the source ends; an error comes with the bytes before it.
 fn fill(source: &mut impl Read, piece: &mut [u8]) -> Result<usize, (usize, io::Error)> {
     let mut filled = 0;
@@ -133,12 +157,16 @@ mod tests {
     }
 
     fn read(bytes: &[u8], error: Option<io::ErrorKind>) -> (Vec<u8>, io::Result<usize>) {
-        std::thread::scope(|scope| {
-            let mut ahead = Ahead::start(scope, Source(bytes, 0, error)).unwrap();
+        let mut tapped = Vec::new();
+        let mut tap = |bytes: &[u8]| tapped.extend_from_slice(bytes);
+        let read = std::thread::scope(|scope| {
+            let mut ahead = Ahead::start(scope, Source(bytes, 0, error), &mut tap).unwrap();
             let mut got = Vec::new();
             let result = ahead.read_to_end(&mut got);
             (got, result)
-        })
+        });
+        assert!(tapped == read.0, "the tap sees what is read");
+        read
     }
 
     #[test]
@@ -160,8 +188,9 @@ mod tests {
 
     #[test]
     fn who_reads_may_stop_anywhere() {
+        let mut tap = |_: &[u8]| {};
         std::thread::scope(|scope| {
-            let mut ahead = Ahead::start(scope, io::repeat(1)).unwrap();
+            let mut ahead = Ahead::start(scope, io::repeat(1), &mut tap).unwrap();
             let mut some = [0; 10];
             ahead.read_exact(&mut some).unwrap();
         });

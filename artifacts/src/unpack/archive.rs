@@ -1,7 +1,7 @@
 //! From a stream to files and links: walks the entries, judges each, hands contents on.
 
 use std::collections::HashMap;
-use std::io::{self, Read};
+use std::io::Read;
 
 use super::ahead::Ahead;
 use super::entries::Entries;
@@ -47,7 +47,8 @@ pub struct Unpacked<F> {
     pub links: Vec<(String, String)>,
 }
 
-/// Unpacks a whole archive, to the end of the stream. `tap` sees every decompressed byte once, in order.
+/// Unpacks a whole archive, to the end of the stream. `tap` sees every decompressed byte once, in order, on a thread of its
+/// own.
 ///
 /// # Errors
 /// When an entry is refused, a limit is passed, the stream is damaged or the output fails. What the output took by then
@@ -57,17 +58,17 @@ pub fn unpack<O: Output>(
     format: Format,
     limits: &Limits,
     output: &mut O,
-    tap: &mut dyn FnMut(&[u8]),
+    tap: &mut (dyn FnMut(&[u8]) + Send),
 ) -> Result<Unpacked<O::File>, UnpackError<O::Error>> {
-    std::thread::scope(|scope| {
-        let inner = Leashed::new(input, format, limits)
-            .and_then(|leashed| Ahead::start(scope, leashed))
-            .map_err(|source| UnpackError::Damaged {
-                entry: String::new(),
-                source,
-            })?;
+    std::thread::scope(move |scope| {
+        let damaged = |source| UnpackError::<O::Error>::Damaged {
+            entry: String::new(),
+            source,
+        };
+        let leashed = Leashed::new(input, format, limits).map_err(damaged)?;
+        let input = Ahead::start(scope, leashed, tap).map_err(damaged)?;
         let mut walk = Walk {
-            entries: Entries::new(Tapped { inner, tap }),
+            entries: Entries::new(input),
             output,
             shape: Shape::new(limits.entries),
             budget: limits.entries,
@@ -89,7 +90,7 @@ pub fn unpack<O: Output>(
 }
 
 struct Walk<'a, O: Output> {
-    entries: Entries<Tapped<'a>>,
+    entries: Entries<Ahead>,
     output: &'a mut O,
     shape: Shape,
     /// Entries that may still come; repeated folders count too.
@@ -197,19 +198,6 @@ impl<O: Output> Walk<'_, O> {
 
     fn refused(&self, reason: Refusal) -> UnpackError<O::Error> {
         self.entries.refused(reason).into()
-    }
-}
-
-struct Tapped<'a> {
-    inner: Ahead,
-    tap: &'a mut dyn FnMut(&[u8]),
-}
-
-impl Read for Tapped<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let got = self.inner.read(buffer)?;
-        (self.tap)(&buffer[..got]);
-        Ok(got)
     }
 }
 
