@@ -192,7 +192,7 @@ pub enum Error {
         /// What is wrong.
         problem: String,
         /// What the parser said, if it said something.
-        source: Option<reqwest::Error>,
+        source: Option<Box<dyn std::error::Error + Send + Sync>>,
     },
     /// Our own certificate cannot be used.
     #[error(
@@ -200,7 +200,7 @@ pub enum Error {
     )]
     ClientCertificate {
         /// What the parser said.
-        source: reqwest::Error,
+        source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// A `hosts.toml`, or a file that it names.
     #[error(

@@ -5,8 +5,8 @@
 //! It must not know of layers' content.
 
 use oci_spec::image::{Descriptor, ImageIndex, ImageManifest};
-use reqwest::Method;
-use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderMap, HeaderValue};
+use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderMap, HeaderValue, IF_NONE_MATCH};
+use reqwest::{Method, StatusCode};
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 
@@ -93,15 +93,25 @@ impl Session {
         }
     }
 
+    /// What a reference leads to. When that is `known` it costs an answer without a body, or no request if the reference is
+    /// pinned: what has the digest cannot have changed.
     pub(super) async fn resolve(
         &self,
         reference: &Reference,
         platform: &Platform,
+        known: Option<&Resolved>,
     ) -> Result<Resolved> {
+        if let Some(known) = known.filter(|known| reference.digest() == Some(&known.digest)) {
+            return Ok(known.clone());
+        }
         let target = self.target(reference, Access::Pull)?;
-        let first = self
-            .fetch(&target, reference, reference, MANIFEST_MAX)
-            .await?;
+        let unless = known.map(|known| &known.digest);
+        let first = self.fetch_unless(&target, reference, (reference, MANIFEST_MAX), unless);
+        let first = match (first.await?, known) {
+            (Some(first), _) => first,
+            (None, Some(known)) => return Ok(known.clone()),
+            (None, None) => return Err(malformed(reference, "it is called unchanged")),
+        };
         if first.kind == Kind::Manifest {
             return Ok(Resolved {
                 digest: first.digest.clone(),
@@ -110,6 +120,14 @@ impl Session {
             });
         }
         let (digest, size) = choose(&first.bytes, reference, platform)?;
+        let same = known.map(|known| &known.manifest);
+        if let Some(same) = same.filter(|same| same.digest == digest) {
+            return Ok(Resolved {
+                digest: first.digest.clone(),
+                manifest: same.clone(),
+                index: Some((first.digest, first.bytes)),
+            });
+        }
         let inner = reference.with_digest(digest);
         let second = self.fetch(&target, &inner, reference, size).await?;
         if second.kind == Kind::Index {
@@ -139,38 +157,65 @@ impl Session {
         asked: &Reference,
         limit: u64,
     ) -> Result<Fetched> {
+        let fetched = self.fetch_unless(target, reference, (asked, limit), None);
+        // Nothing was asked that "not modified" is an answer to.
+        let unasked = || malformed(asked, "it is called unchanged");
+        fetched.await?.ok_or_else(unasked)
+    }
+
+    /// As [`Session::fetch`]; none when it is what `unless` says, if the registry knows of conditions (RFC 9110, 13.1.2: the
+    /// digest is the entity tag, as distribution/distribution has it). Others send it, and it is read.
+    async fn fetch_unless(
+        &self,
+        target: &Target,
+        reference: &Reference,
+        (asked, limit): (&Reference, u64),
+        unless: Option<&Digest>,
+    ) -> Result<Option<Fetched>> {
         let action = format!("read the manifest of {reference}");
         let what = reference.to_string();
         let url = target.url(&format!("manifests/{}", name(reference)));
         let mut request = Request::new(Method::GET, url, &action, &what);
         request.headers.insert(ACCEPT, accepted());
-        let (headers, bytes) = self.document(target, &request, limit).await?;
+        let tag = unless.and_then(|digest| HeaderValue::try_from(format!("\"{digest}\"")).ok());
+        if let Some(tag) = tag {
+            request.headers.insert(IF_NONE_MATCH, tag);
+        }
+        let Some((headers, bytes)) = self.document(target, &request, limit).await? else {
+            return Ok(None);
+        };
         let digest = verify(reference, &headers, &bytes)?;
         let (kind, media_type) = kind(asked, &headers, &bytes)?;
-        Ok(Fetched {
+        Ok(Some(Fetched {
             digest,
             kind,
             media_type,
             bytes,
-        })
+        }))
     }
 
+    /// A small body; none when the request has a condition, and the answer is that nothing has changed.
     pub(super) async fn document(
         &self,
         target: &Target,
         request: &Request<'_>,
         limit: u64,
-    ) -> Result<(HeaderMap, Vec<u8>)> {
+    ) -> Result<Option<(HeaderMap, Vec<u8>)>> {
         let mut tries = self.tries();
         let content = format!("the manifest of {}", request.what);
+        let conditional = request.headers.contains_key(IF_NONE_MATCH);
         loop {
             let tried = async {
-                let answer: Answer = self.send_once(target, request).await?;
+                let answer: Answer = self.send(target, request).await?;
+                if conditional && answer.status() == StatusCode::NOT_MODIFIED {
+                    return Ok(None);
+                }
+                let answer = self.checked(target, answer, request).await?;
                 let headers = answer.response.headers().clone();
                 let body = self
                     .transport
                     .read_all(answer, limit, request.action, &content);
-                Ok((headers, body.await?))
+                Ok(Some((headers, body.await?)))
             };
             match tried.await {
                 Ok(read) => return Ok(read),

@@ -162,9 +162,24 @@ impl Client {
     /// The registry's and the network's; [`Error::NoPlatform`]; content that does not verify or is not usable
     /// ([`Error::is_verification`]).
     pub async fn resolve(&self, reference: &Reference, platform: &Platform) -> Result<Resolved> {
+        self.resolve_again(reference, platform, None).await
+    }
+
+    /// As [`Client::resolve`], when `known` is what the reference led to last and all of it is at hand: if it still does, that
+    /// costs one small answer, and nothing for a reference with a digest.
+    ///
+    /// # Errors
+    /// As [`Client::resolve`].
+    pub async fn resolve_again(
+        &self,
+        reference: &Reference,
+        platform: &Platform,
+        known: Option<&Resolved>,
+    ) -> Result<Resolved> {
         let mut walk = self.walk(reference)?;
         loop {
-            match walk.session().resolve(reference, platform).await {
+            let session = walk.session();
+            match session.resolve(reference, platform, known).await {
                 Ok(resolved) => return Ok(resolved),
                 Err(error) => walk.on(error)?,
             }
@@ -229,8 +244,8 @@ impl Client {
         walk.is_ok_and(|walk| walk.is_single())
     }
 
-    /// What refers to a digest, of one artifact type: first as the registry's API lists it, then as the fallback tag does.
-    /// A registry without the API has only the second. The descriptors are its word, not verified.
+    /// What refers to a digest, of one artifact type: as the registry's API lists it, or the fallback tag where there is no
+    /// such API. The descriptors are its word, not verified.
     ///
     /// # Errors
     /// The registry's and the network's; that there are none is no error.
@@ -244,10 +259,11 @@ impl Client {
         loop {
             let session = walk.session();
             let asked = async {
-                let by_api = session.referrers(reference, digest, artifact_type).await?;
-                let mut all = by_api.unwrap_or_default();
-                all.extend(session.tagged_referrers(reference, digest).await?);
-                Ok(all)
+                match session.referrers(reference, digest, artifact_type).await? {
+                    Some(listed) => Ok(listed),
+                    // Who serves the API lists there what was under the tag before (specification, "Enabling the Referrers API").
+                    None => session.tagged_referrers(reference, digest).await,
+                }
             };
             match asked.await {
                 // A mirror may have the content without what refers to it.

@@ -36,7 +36,7 @@ impl Session {
             HeaderValue::from_static("application/vnd.oci.image.index.v1+json"),
         );
         match self.document(&target, &request, LIST_MAX).await {
-            Ok((_, bytes)) => Ok(list(&bytes)),
+            Ok(answer) => Ok(answer.and_then(|(_, bytes)| list(&bytes))),
             Err(error) if is_absent(&error) => Ok(None),
             Err(error) => Err(error),
         }

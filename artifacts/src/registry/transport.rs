@@ -11,13 +11,13 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use reqwest::header::{ACCEPT_ENCODING, AUTHORIZATION, HeaderMap, HeaderValue, LOCATION};
-use reqwest::{Body, Certificate, Identity, Method, Proxy, Response, StatusCode, Url};
+use reqwest::{Body, Method, Proxy, Response, StatusCode, Url};
 
 use super::dns::SystemResolver;
 use super::options::{ClientOptions, Endpoint, ProxyUrl, authority, is_loopback};
 use super::pace::Limiter;
 use super::retry::Failure;
-use super::tls::{self, find};
+use super::tls::{self, Tls, find};
 use super::{Error, Result};
 
 /// Redirects followed for one request. Registries need one or two, to a storage service.
@@ -88,8 +88,7 @@ pub(super) struct Transport {
     pub(super) via: Option<Via>,
     /// Holds all blobs together to `options.rate_limit`, whatever way they come.
     pub(super) limiter: Option<Arc<Limiter>>,
-    ca: Vec<Certificate>,
-    identity: Option<Identity>,
+    tls: Tls,
     /// Through the proxy that the environment names.
     proxied: OnceLock<reqwest::Client>,
     /// For registries on this machine, which no proxy can reach.
@@ -113,8 +112,7 @@ impl Transport {
         limiter: Option<Arc<Limiter>>,
     ) -> Result<Transport> {
         Ok(Transport {
-            ca: tls::certificates(options.ca_pem.as_deref())?,
-            identity: tls::identity(options.client_certificate.as_ref())?,
+            tls: Tls::new(&options)?,
             limiter,
             options,
             via,
@@ -335,40 +333,25 @@ impl Transport {
         let proxy = proxy.map(|proxy| Proxy::all(proxy.expose().clone()));
         let proxy = proxy.transpose().map_err(setup)?;
         let any_certificate = via.is_some_and(|via| via.skip_verify);
-        let settings = || {
-            let builder = reqwest::Client::builder()
-                .http1_only()
-                .connect_timeout(self.options.connect_timeout)
-                .user_agent(&self.options.user_agent)
-                .redirect(reqwest::redirect::Policy::none())
-                .retry(reqwest::retry::never())
-                .referer(false)
-                .dns_resolver(Arc::new(SystemResolver::default()))
-                .no_gzip()
-                .no_brotli()
-                .no_zstd()
-                .no_deflate();
-            let builder = match (&proxy, direct) {
-                (Some(proxy), _) => builder.proxy(proxy.clone()),
-                (None, true) => builder.no_proxy(),
-                (None, false) => builder,
-            };
-            let builder = builder.tls_danger_accept_invalid_certs(any_certificate);
-            match &self.identity {
-                Some(identity) => builder.identity(identity.clone()),
-                None => builder,
-            }
+        let builder = reqwest::Client::builder()
+            .http1_only()
+            .connect_timeout(self.options.connect_timeout)
+            .user_agent(&self.options.user_agent)
+            .redirect(reqwest::redirect::Policy::none())
+            .retry(reqwest::retry::never())
+            .referer(false)
+            .dns_resolver(Arc::new(SystemResolver::default()))
+            .no_gzip()
+            .no_brotli()
+            .no_zstd()
+            .no_deflate()
+            .tls_backend_preconfigured(self.tls.config(any_certificate)?);
+        let builder = match (proxy, direct) {
+            (Some(proxy), _) => builder.proxy(proxy),
+            (None, true) => builder.no_proxy(),
+            (None, false) => builder,
         };
-        let made = settings().tls_certs_merge(self.ca.iter().cloned()).build();
-        // A system without any certificates must not keep us from registries that need none.
-        let made = match made {
-            Err(error) if find::<rustls::Error>(&error).is_some() => {
-                tracing::debug!(%error, "no system certificates");
-                settings().tls_certs_only(self.ca.iter().cloned()).build()
-            }
-            other => other,
-        };
-        made.map_err(setup)
+        builder.build().map_err(setup)
     }
 }
 

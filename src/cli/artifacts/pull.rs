@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result};
 use km_artifacts::digest::Digest;
 use km_artifacts::reference::Reference;
-use km_artifacts::registry::{Client, Platform};
+use km_artifacts::registry::{Client, Platform, Resolved};
 use km_artifacts::{Artifact, Limits, Store, trust};
 use serde_json::json;
 
@@ -103,8 +103,9 @@ async fn pull(
     to: Option<&Path>,
     folder: Option<&str>,
 ) -> Result<(Digest, Artifact)> {
+    let known = known(node, reference, to, folder);
     let resolved = client
-        .resolve(reference, &Platform::host())
+        .resolve_again(reference, &Platform::host(), known.as_ref())
         .await
         .with_context(|| format!("cannot look up {reference}"))?;
     let mut evidence = Vec::new();
@@ -148,4 +149,23 @@ async fn pull(
     }
     store.end_session()?;
     Ok((resolved.digest, artifact))
+}
+
+/// What a reference led to when it was last pulled to the same place, if all of it is there.
+fn known(
+    node: &Node,
+    reference: &Reference,
+    to: Option<&Path>,
+    folder: Option<&str>,
+) -> Option<Resolved> {
+    if folder.is_some() {
+        // Of a container image's layers nothing is kept.
+        return None;
+    }
+    let found = match to {
+        Some(dir) => Store::open(dir).and_then(|store| store.resolved(reference)),
+        None => node.store.resolved(reference),
+    };
+    // What is damaged there is told of when it is mended.
+    found.unwrap_or_default()
 }

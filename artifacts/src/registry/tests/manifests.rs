@@ -365,3 +365,71 @@ async fn a_busy_registry_is_waited_for_as_it_asks() {
         "{error:?}"
     );
 }
+
+/// A registry that knows of conditions, and whose tag leads to `document`.
+async fn conditional(document: Vec<u8>, kind: &'static str) -> Server {
+    Server::start(move |seen, _| {
+        let tag = format!("\"{}\"", Digest::of(&document));
+        match seen.header("if-none-match") {
+            Some(unless) if unless == tag => Reply::new(304).header("ETag", tag),
+            _ if seen.path == MANIFEST => typed(kind, document.clone()),
+            _ => typed(OCI_MANIFEST, manifest_bytes()),
+        }
+    })
+    .await
+}
+
+#[tokio::test]
+async fn what_is_known_and_has_not_changed_costs_one_answer_without_a_body() {
+    let server = conditional(manifest_bytes(), OCI_MANIFEST).await;
+    let (client, reference) = (client(), reference(&server));
+    let known = client.resolve(&reference, &amd64()).await.unwrap();
+    assert_eq!(server.seen()[0].header("if-none-match"), None);
+    let platform = amd64();
+    let again = client.resolve_again(&reference, &platform, Some(&known));
+    assert_eq!(again.await.unwrap().manifest.bytes, known.manifest.bytes);
+    assert_eq!(server.seen().len(), 2);
+    let pinned = reference.with_digest(known.digest.clone());
+    let again = client.resolve_again(&pinned, &platform, Some(&known));
+    assert_eq!(again.await.unwrap().digest, known.digest);
+    assert_eq!(server.seen().len(), 2, "a digest does not change");
+}
+
+#[tokio::test]
+async fn what_has_changed_is_read_with_the_same_request() {
+    let old = conditional(manifest_bytes(), OCI_MANIFEST).await;
+    let known = client().resolve(&reference(&old), &amd64()).await.unwrap();
+    let mut other = manifest();
+    other["annotations"] = json!({ "version": "2" });
+    let server = conditional(other.to_string().into_bytes(), OCI_MANIFEST).await;
+    let again = client()
+        .resolve_again(&reference(&server), &amd64(), Some(&known))
+        .await
+        .unwrap();
+    assert_eq!(again.digest, Digest::of(other.to_string().as_bytes()));
+    assert_eq!(server.lines(), [format!("GET {MANIFEST}")]);
+}
+
+#[tokio::test]
+async fn an_index_that_leads_to_what_is_known_is_all_that_is_read() {
+    let index = index(&[entry(&manifest_bytes(), None)]);
+    let server = conditional(index.clone(), OCI_INDEX).await;
+    let (client, reference) = (client(), reference(&server));
+    let mut known = client.resolve(&reference, &amd64()).await.unwrap();
+    assert_eq!(server.seen().len(), 2);
+    // The store keeps an index for its signature only.
+    (known.digest, known.index) = (known.manifest.digest.clone(), None);
+    let platform = amd64();
+    let again = client.resolve_again(&reference, &platform, Some(&known));
+    assert_eq!(again.await.unwrap().digest, Digest::of(&index));
+    assert_eq!(server.seen().len(), 3);
+}
+
+#[tokio::test]
+async fn nothing_is_unchanged_that_was_not_asked_for() {
+    let error = resolve(Reply::new(304)).await.unwrap_err();
+    assert!(
+        matches!(error, Error::Status { status: 304, .. }),
+        "{error:?}"
+    );
+}

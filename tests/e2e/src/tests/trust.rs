@@ -164,7 +164,18 @@ fn the_referrers_api_is_read(sandbox: &Sandbox) -> Result<()> {
     );
     asked("");
     node.apply(&[DEMO])?;
-    ensure!(asked("/referrers/") > 0, "the API was not asked");
+    let requests = node.proxy.take_requests();
+    let about = |what: &str| {
+        requests
+            .iter()
+            .filter(|one| one.path.contains(what))
+            .count()
+    };
+    ensure!(about("/referrers/") > 0, "the API was not asked");
+    ensure!(
+        about(&tag) == 0,
+        "a registry with the API was asked for the tag"
+    );
     let form = &generation(&node)?["signers"][0]["form"];
     ensure!(form == "bundle", "signed as {form}");
     node.km.expect(&["uninstall"], 0)?;
