@@ -12,6 +12,9 @@ use super::{Store, TempFile};
 use crate::digest::{Digest, Hasher};
 use crate::error::{Error, Result};
 
+/// What a hole is hashed as.
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+
 /// A temporary file that is being written; dropping it removes the file.
 #[derive(Debug)]
 pub(crate) struct FileSink {
@@ -22,7 +25,7 @@ pub(crate) struct FileSink {
     hasher: Hasher,
     buffer: Buffer,
     size: u64,
-    /// Bytes written or handed to the writer; those in the buffer come behind them.
+    /// Bytes written, left out or handed to the writer; those in the buffer come behind them.
     written: u64,
 }
 
@@ -35,6 +38,23 @@ impl FileSink {
         let (file, temp) = store.temp_file(what)?;
         let file = Arc::new(DirectFile::new(file, temp.path(), size));
         file.reserve(size)?;
+        FileSink::new(file, temp, size)
+    }
+
+    /// Creates a file that may have holes: nothing is reserved, and it goes through the page cache, since its parts begin
+    /// anywhere.
+    ///
+    /// # Errors
+    /// Errors of the disk.
+    pub(crate) fn create_sparse(store: &Store, what: &str, size: u64) -> Result<FileSink> {
+        let (file, temp) = store.temp_file(what)?;
+        let file = Arc::new(DirectFile::new(file, temp.path(), 0));
+        let sized = file.plain().set_len(size);
+        sized.map_err(|error| file.error("set the size of", size, error))?;
+        FileSink::new(file, temp, size)
+    }
+
+    fn new(file: Arc<DirectFile>, temp: TempFile, size: u64) -> Result<FileSink> {
         let writer = if file.is_direct() {
             let started = Writer::start(Arc::clone(&file), |_, _| {});
             Some(started.map_err(|error| file.error("write", size, error))?)
@@ -68,6 +88,26 @@ impl FileSink {
                 self.flush()?;
             }
         }
+        Ok(())
+    }
+
+    /// Leaves out bytes, which are zero then; only of a file that may have holes.
+    ///
+    /// # Errors
+    /// As for [`FileSink::write`].
+    pub(crate) fn hole(&mut self, bytes: u64) -> Result<()> {
+        let got = self.taken().saturating_add(bytes);
+        if got > self.size {
+            return Err(self.wrong_size(got));
+        }
+        self.flush()?;
+        let mut left = bytes;
+        while left > 0 {
+            let piece = left.min(ZEROS.len() as u64);
+            self.hasher.update(&ZEROS[..piece as usize]);
+            left -= piece;
+        }
+        self.written += bytes;
         Ok(())
     }
 
@@ -146,6 +186,31 @@ mod tests {
             assert!(fs::read(temp.path()).unwrap() == bytes, "{piece}");
             assert_eq!(digest, Digest::of(&bytes), "{piece}");
         }
+    }
+
+    #[test]
+    fn a_file_with_holes_has_them_and_the_digest_of_the_whole() {
+        use std::os::unix::fs::MetadataExt;
+        let (_dir, store) = store();
+        let (first, last) = (vec![1; BUFFER + 700], vec![2; 5000]);
+        let size = 64 << 20;
+        let mut sink = FileSink::create_sparse(&store, "t", size).unwrap();
+        sink.write(&first).unwrap();
+        sink.hole(30 << 20).unwrap();
+        sink.write(&last).unwrap();
+        let rest = size - (30 << 20) - (first.len() + last.len()) as u64;
+        assert!(sink.hole(rest + 1).is_err(), "past its end");
+        sink.hole(rest).unwrap();
+        let (temp, digest) = sink.finish().unwrap();
+        let bytes = fs::read(temp.path()).unwrap();
+        let mut whole = first.clone();
+        whole.resize(first.len() + (30 << 20), 0);
+        whole.extend_from_slice(&last);
+        whole.resize(size as usize, 0);
+        assert!(bytes == whole);
+        assert_eq!(digest, Digest::of(&whole));
+        let on_disk = fs::metadata(temp.path()).unwrap().blocks() * 512;
+        assert!(on_disk < 2 << 20, "{on_disk} bytes for less than one MiB");
     }
 
     #[test]

@@ -12,7 +12,7 @@ use super::{Record, Store, TempFile};
 use crate::digest::{Digest, Hasher};
 use crate::error::{Error, Result};
 use crate::generation::{ArtifactFile, ArtifactLink};
-use crate::unpack::{Format, Limits, Output, UnpackError, Unpacked, unpack};
+use crate::unpack::{Format, Limits, NewFile, Output, UnpackError, Unpacked, unpack};
 
 /// The content that an archive has for one file.
 #[derive(Clone, Debug)]
@@ -51,16 +51,24 @@ impl Output for StoreOutput<'_> {
     type File = Kept;
     type Error = Error;
 
-    fn begin(&mut self, size: u64, executable: bool) -> Result<Open> {
+    fn begin(&mut self, file: &NewFile) -> Result<Open> {
+        let create = match file.sparse {
+            true => FileSink::create_sparse,
+            false => FileSink::create,
+        };
         Ok(Open {
-            sink: FileSink::create(self.store, "file", size)?,
-            size,
-            executable,
+            sink: create(self.store, "file", file.size)?,
+            size: file.size,
+            executable: file.executable,
         })
     }
 
     fn write(&mut self, open: &mut Open, bytes: &[u8]) -> Result<()> {
         open.sink.write(bytes)
+    }
+
+    fn hole(&mut self, open: &mut Open, bytes: u64) -> Result<()> {
+        open.sink.hole(bytes)
     }
 
     fn end(&mut self, open: Open) -> Result<Kept> {

@@ -13,6 +13,17 @@ use super::{Format, Limits, Refusal, Shape, UnpackError};
 /// Bytes handed to the output at once.
 const COPY_BUFFER: usize = 256 << 10;
 
+/// A file as an archive announces it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NewFile {
+    /// Its bytes, holes included.
+    pub size: u64,
+    /// Any execute bit is set.
+    pub executable: bool,
+    /// There may be holes in it ([`Output::hole`]).
+    pub sparse: bool,
+}
+
 /// Where contents go: one file after the other, in pieces.
 pub trait Output {
     /// A file that is being written.
@@ -21,16 +32,21 @@ pub trait Output {
     type File: Clone;
     /// Why it failed.
     type Error: std::error::Error + 'static;
-    /// Starts a file of `size` bytes; `executable` when any execute bit is set.
+    /// Starts a file.
     ///
     /// # Errors
     /// When there is no place for it.
-    fn begin(&mut self, size: u64, executable: bool) -> Result<Self::Open, Self::Error>;
+    fn begin(&mut self, file: &NewFile) -> Result<Self::Open, Self::Error>;
     /// Takes the next bytes of the file.
     ///
     /// # Errors
     /// When they cannot be kept.
     fn write(&mut self, open: &mut Self::Open, bytes: &[u8]) -> Result<(), Self::Error>;
+    /// Leaves out the next `bytes` bytes of the file: they are zero.
+    ///
+    /// # Errors
+    /// When they cannot be left out.
+    fn hole(&mut self, open: &mut Self::Open, bytes: u64) -> Result<(), Self::Error>;
     /// Ends the file.
     ///
     /// # Errors
@@ -72,6 +88,7 @@ pub fn unpack<O: Output>(
             output,
             shape: Shape::new(limits.entries),
             budget: limits.entries,
+            sparse_budget: limits.sparse_bytes,
             limits,
             found: Unpacked {
                 files: Vec::new(),
@@ -95,6 +112,8 @@ struct Walk<'a, O: Output> {
     shape: Shape,
     /// Entries that may still come; repeated folders count too.
     budget: usize,
+    /// Bytes that sparse files may still have.
+    sparse_budget: u64,
     limits: &'a Limits,
     found: Unpacked<O::File>,
     /// Where in `found.files` a path is, for hard links.
@@ -158,6 +177,11 @@ impl<O: Output> Walk<'_, O> {
                         limit: self.limits.unpacked_bytes,
                     });
                 }
+                if let Some(sparse) = &header.sparse {
+                    let left = self.sparse_budget.checked_sub(sparse.size);
+                    let limit = self.limits.sparse_bytes;
+                    self.sparse_budget = left.ok_or(Refusal::TooLarge { limit })?;
+                }
                 self.shape.file(&path)?;
             }
             Kind::Symlink => {
@@ -178,22 +202,48 @@ impl<O: Output> Walk<'_, O> {
     }
 
     fn content(&mut self, header: &Header) -> Result<O::File, UnpackError<O::Error>> {
-        let executable = header.mode & 0o111 != 0;
-        let mut open = self
-            .output
-            .begin(header.size, executable)
-            .map_err(UnpackError::Output)?;
-        loop {
-            let got = self.entries.read(&mut self.buffer);
+        let sparse = header.sparse.as_ref();
+        let file = NewFile {
+            size: sparse.map_or(header.size, |sparse| sparse.size),
+            executable: header.mode & 0o111 != 0,
+            sparse: sparse.is_some(),
+        };
+        let mut open = self.output.begin(&file).map_err(UnpackError::Output)?;
+        let whole = [(0, header.size)];
+        let parts = sparse.map_or(&whole[..], |sparse| &sparse.parts);
+        let mut at = 0;
+        for &(offset, length) in parts {
+            self.hole(&mut open, offset - at)?;
+            self.copy(&mut open, length)?;
+            at = offset + length;
+        }
+        self.hole(&mut open, file.size - at)?;
+        self.output.end(open).map_err(UnpackError::Output)
+    }
+
+    fn hole(&mut self, open: &mut O::Open, bytes: u64) -> Result<(), UnpackError<O::Error>> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        let left = self.output.hole(open, bytes);
+        left.map_err(UnpackError::Output)
+    }
+
+    /// Hands on so many bytes of the entry at hand, or as many as it has.
+    fn copy(&mut self, open: &mut O::Open, bytes: u64) -> Result<(), UnpackError<O::Error>> {
+        let mut left = bytes;
+        while left > 0 {
+            let most = usize::try_from(left).map_or(COPY_BUFFER, |left| left.min(COPY_BUFFER));
+            let got = self.entries.read(&mut self.buffer[..most]);
             let got = got.map_err(|error| self.entries.damaged(error))?;
             if got == 0 {
                 break;
             }
-            self.output
-                .write(&mut open, &self.buffer[..got])
-                .map_err(UnpackError::Output)?;
+            left -= got as u64;
+            let written = self.output.write(open, &self.buffer[..got]);
+            written.map_err(UnpackError::Output)?;
         }
-        self.output.end(open).map_err(UnpackError::Output)
+        Ok(())
     }
 
     fn refused(&self, reason: Refusal) -> UnpackError<O::Error> {

@@ -282,6 +282,12 @@ impl Survey<'_> {
     ) -> Result<Change, Refusal> {
         Ok(Change::Node(match header.kind {
             Kind::Folder => return Ok(Change::Folder),
+            // What makes images writes none; a folder of an image is made into a plain tar.
+            Kind::File if header.sparse.is_some() => {
+                return Err(Refusal::Kind {
+                    what: "a sparse file in a container image",
+                });
+            }
             Kind::File => Node::File(Source {
                 layer,
                 entry,

@@ -1,5 +1,5 @@
 //! Tar entries, one header at a time: ustar, GNU long names (`L`, `K`) and PAX extended headers (pax(1), "pax Extended
-//! Header"). The header's fields are read with the tar crate; the walk from header to header is ours, so that no hostile
+//! Header"), and GNU sparse files (`sparse`). The header's fields are read with the tar crate; the walk from header to header is ours, so that no hostile
 //! size is trusted and no extension is read into memory without a bound.
 //!
 //! It must not judge names or links; `archive` does.
@@ -7,6 +7,7 @@
 use std::io::{self, Read};
 
 use super::Refusal;
+use super::sparse::{Records, Sparse, SparseError, decimal};
 
 /// One tar block in bytes (POSIX.1-2017 pax, "ustar Interchange Format").
 pub(super) const BLOCK: usize = 512;
@@ -17,8 +18,8 @@ const EXTENSION_MAX: u64 = 1 << 20;
 /// How many extended headers may precede one entry.
 const EXTENSIONS_MAX: usize = 16;
 
-/// What the four ways of writing a sparse file are told as (GNU tar manual, "Storing Sparse Files").
-const SPARSE: &str = "a sparse file (archive it without --sparse)";
+/// A sparse file with a header of GNU tar's own (GNU tar manual, "Basic Tar Format").
+const OLD_SPARSE: u8 = b'S';
 
 /// What an entry is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,7 +39,10 @@ pub(super) struct Header {
     pub(super) target: Vec<u8>,
     pub(super) kind: Kind,
     pub(super) mode: u32,
+    /// Bytes of content in the archive.
     pub(super) size: u64,
+    /// Where they belong, if the file has holes.
+    pub(super) sparse: Option<Sparse>,
 }
 
 /// Why a header was not read.
@@ -61,6 +65,14 @@ struct Extensions {
     name: Option<Vec<u8>>,
     target: Option<Vec<u8>>,
     size: Option<u64>,
+    sparse: Records,
+}
+
+impl Extensions {
+    /// Whether they say something that cannot be so of all entries.
+    fn is_about_one(&self) -> bool {
+        self.name.is_some() || self.target.is_some() || self.size.is_some() || self.sparse.any()
+    }
 }
 
 /// Reads the next entry's header. `None` is the end: a zero block, or the stream's end where a header would start.
@@ -82,13 +94,13 @@ pub(super) fn next(input: &mut impl Read) -> Result<Option<Header>, HeaderError>
                 // Only a comment or the like is harmless for all entries at once.
                 let mut global = Extensions::default();
                 pax(input, raw, &mut global).map_err(named(&name))?;
-                if global.name.is_some() || global.target.is_some() || global.size.is_some() {
+                if global.is_about_one() {
                     return Err(refuse(Refusal::Header {
                         what: "a global header sets a name or a size",
                     }));
                 }
             }
-            _ => return finish(raw, extensions).map(Some),
+            _ => return finish(input, &block, extensions).map(Some),
         }
     }
     Err(HeaderError::Refused(
@@ -105,16 +117,17 @@ pub(super) fn padding(size: u64) -> usize {
     if rest == 0 { 0 } else { BLOCK - rest }
 }
 
-fn finish(raw: &tar::Header, extensions: Extensions) -> Result<Header, HeaderError> {
-    let name = extensions
-        .name
-        .unwrap_or_else(|| raw.path_bytes().into_owned());
+fn finish(
+    input: &mut impl Read,
+    block: &[u8; BLOCK],
+    mut extensions: Extensions,
+) -> Result<Header, HeaderError> {
+    let raw = tar::Header::from_byte_slice(block);
+    // The other name is for programs that do not know of holes.
+    let name = extensions.sparse.name.take().or(extensions.name);
+    let name = name.unwrap_or_else(|| raw.path_bytes().into_owned());
     let refuse = |reason| HeaderError::Refused(name.clone(), reason);
     let kind = kind(raw, &name);
-    if kind == Kind::Other(SPARSE) {
-        // More headers follow, which say where the content begins.
-        return Err(refuse(Refusal::Kind { what: SPARSE }));
-    }
     // What an entry is goes before what is wrong with it.
     let malformed = |field| match kind {
         Kind::Other(what) => refuse(Refusal::Kind { what }),
@@ -135,37 +148,61 @@ fn finish(raw: &tar::Header, extensions: Extensions) -> Result<Header, HeaderErr
         return Err(malformed("a folder or link with content"));
     }
     let mode = raw.mode().map_err(|_| malformed("its mode"))?;
+    let sparse = match raw.entry_type().as_byte() {
+        OLD_SPARSE if !extensions.sparse.any() => {
+            Some(Sparse::old(block, number, size, input).map(|sparse| (sparse, size)))
+        }
+        b'0' | 0 | b'7' if extensions.sparse.any() && kind == Kind::File => {
+            Some(extensions.sparse.finish(size, input))
+        }
+        _ if extensions.sparse.any() => return Err(malformed("holes where no file is")),
+        _ => None,
+    };
+    let sparse = sparse.transpose().map_err(|error| match error {
+        SparseError::Io(error) => HeaderError::Io(error),
+        SparseError::Malformed(what) => malformed(what),
+    })?;
+    let (sparse, size) = match sparse {
+        Some((sparse, left)) => (Some(sparse), left),
+        None => (None, size),
+    };
     Ok(Header {
         name,
         target,
         kind,
         mode: mode & 0o7777,
         size,
+        sparse,
     })
 }
 
-/// The size field: octal digits, or a number in base 256 behind a byte of 0x80 (GNU tar), of which the tar crate takes the last
-/// eight bytes, whatever the others say.
+/// The size field.
 fn size(raw: &tar::Header) -> Option<u64> {
-    let field = &raw.as_old().size;
-    if field[0] & 0x80 != 0 && field[..4] != [0x80, 0, 0, 0] {
-        return None;
+    number(&raw.as_old().size)
+}
+
+/// A field of twelve bytes: octal digits, or a number in base 256 behind a byte of 0x80 (GNU tar).
+fn number(field: &[u8]) -> Option<u64> {
+    if field.first()? & 0x80 != 0 {
+        let (high, low) = field.split_last_chunk::<8>()?;
+        return (high == [0x80, 0, 0, 0]).then(|| u64::from_be_bytes(*low));
     }
-    raw.entry_size().ok()
+    let end = field.iter().position(|byte| *byte == 0);
+    let digits = std::str::from_utf8(&field[..end.unwrap_or(field.len())]).ok()?;
+    u64::from_str_radix(digits.trim_matches(' '), 8).ok()
 }
 
 fn kind(raw: &tar::Header, name: &[u8]) -> Kind {
     match raw.entry_type().as_byte() {
         // Before ustar a folder was a file whose name ends with a slash.
         b'0' | 0 | b'7' if name.ends_with(b"/") => Kind::Folder,
-        b'0' | 0 | b'7' => Kind::File,
+        b'0' | 0 | b'7' | OLD_SPARSE => Kind::File,
         b'1' => Kind::HardLink,
         b'2' => Kind::Symlink,
         b'5' => Kind::Folder,
         b'3' => Kind::Other("a character device"),
         b'4' => Kind::Other("a block device"),
         b'6' => Kind::Other("a fifo"),
-        b'S' => Kind::Other(SPARSE),
         _ => Kind::Other("of an unknown kind"),
     }
 }
@@ -202,8 +239,6 @@ fn read_block(input: &mut impl Read) -> io::Result<Option<[u8; BLOCK]>> {
 enum ExtensionError {
     Io(io::Error),
     Malformed(&'static str),
-    /// It says that the entry is of a kind that is not accepted.
-    Kind(&'static str),
 }
 
 impl From<io::Error> for ExtensionError {
@@ -218,7 +253,6 @@ fn named(name: &[u8]) -> impl Fn(ExtensionError) -> HeaderError + '_ {
         ExtensionError::Malformed(what) => {
             HeaderError::Refused(name.to_owned(), Refusal::Header { what })
         }
-        ExtensionError::Kind(what) => HeaderError::Refused(name.to_owned(), Refusal::Kind { what }),
     }
 }
 
@@ -258,17 +292,15 @@ fn pax(
             b"path" => into.name = Some(value.to_owned()),
             b"linkpath" => into.target = Some(value.to_owned()),
             b"size" => {
-                let digits = std::str::from_utf8(value).ok();
-                let size = digits
-                    .filter(|text| text.bytes().all(|byte| byte.is_ascii_digit()))
-                    .and_then(|text| text.parse().ok())
-                    .ok_or(ExtensionError::Malformed("a PAX size"))?;
+                let size = decimal(value).ok_or(ExtensionError::Malformed("a PAX size"))?;
                 into.size = Some(size);
             }
-            _ if key.starts_with(b"GNU.sparse.") => {
-                return Err(ExtensionError::Kind(SPARSE));
+            _ => {
+                if let Some(key) = key.strip_prefix(b"GNU.sparse.") {
+                    let taken = into.sparse.take(key, value);
+                    taken.map_err(ExtensionError::Malformed)?;
+                }
             }
-            _ => {}
         }
     }
     Ok(())

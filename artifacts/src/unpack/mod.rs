@@ -14,11 +14,12 @@ mod flatten;
 mod header;
 pub(crate) mod path;
 mod shape;
+mod sparse;
 mod stream;
 
 use std::io;
 
-pub use archive::{Output, Unpacked, unpack};
+pub use archive::{NewFile, Output, Unpacked, unpack};
 pub use flatten::{Flat, FlattenError, Layers, flatten};
 pub use path::normalise;
 pub use shape::Shape;
@@ -31,6 +32,8 @@ pub struct Limits {
     pub entries: usize,
     /// Bytes of one layer after decompression, headers and padding included.
     pub unpacked_bytes: u64,
+    /// Bytes of all sparse files of one layer together, holes included: those take no room, but time to be hashed.
+    pub sparse_bytes: u64,
     /// Decompressed bytes for each compressed byte...
     pub ratio: u64,
     /// ...looked at once this many bytes came out: small archives of zeros are harmless.
@@ -61,6 +64,7 @@ impl Default for Limits {
         Limits {
             entries: 100_000,
             unpacked_bytes: 16 << 30,
+            sparse_bytes: 16 << 30,
             ratio: 1000,
             ratio_free_bytes: 64 << 20,
         }

@@ -4,7 +4,7 @@ use std::convert::Infallible;
 use std::io::{self, Read};
 
 use km_artifacts::Limits;
-use km_artifacts::unpack::{Format, Layers, Output, flatten, normalise, unpack};
+use km_artifacts::unpack::{Format, Layers, NewFile, Output, flatten, normalise, unpack};
 
 struct Halves<'a>([&'a [u8]; 2]);
 
@@ -25,11 +25,15 @@ impl Output for Nowhere {
     type File = ();
     type Error = Infallible;
 
-    fn begin(&mut self, _size: u64, _executable: bool) -> Result<(), Infallible> {
+    fn begin(&mut self, _: &NewFile) -> Result<(), Infallible> {
         Ok(())
     }
 
     fn write(&mut self, (): &mut (), _bytes: &[u8]) -> Result<(), Infallible> {
+        Ok(())
+    }
+
+    fn hole(&mut self, (): &mut (), _bytes: u64) -> Result<(), Infallible> {
         Ok(())
     }
 

@@ -3,7 +3,7 @@
 use std::convert::Infallible;
 
 use km_artifacts::Limits;
-use km_artifacts::unpack::{Format, Output, normalise, unpack};
+use km_artifacts::unpack::{Format, NewFile, Output, normalise, unpack};
 
 /// Counts, and holds the sizes against what was announced.
 struct Count;
@@ -13,12 +13,18 @@ impl Output for Count {
     type File = u64;
     type Error = Infallible;
 
-    fn begin(&mut self, size: u64, _executable: bool) -> Result<(u64, u64), Infallible> {
-        Ok((size, 0))
+    fn begin(&mut self, file: &NewFile) -> Result<(u64, u64), Infallible> {
+        Ok((file.size, 0))
     }
 
     fn write(&mut self, open: &mut (u64, u64), bytes: &[u8]) -> Result<(), Infallible> {
         open.1 += bytes.len() as u64;
+        assert!(open.1 <= open.0, "more than was announced");
+        Ok(())
+    }
+
+    fn hole(&mut self, open: &mut (u64, u64), bytes: u64) -> Result<(), Infallible> {
+        open.1 += bytes;
         assert!(open.1 <= open.0, "more than was announced");
         Ok(())
     }

@@ -26,15 +26,19 @@ impl Output for Memory {
     type Open = Kept;
     type File = Kept;
     type Error = Infallible;
-    fn begin(&mut self, _size: u64, executable: bool) -> Result<Kept, Infallible> {
+    fn begin(&mut self, file: &NewFile) -> Result<Kept, Infallible> {
         Ok(Kept {
             bytes: Vec::new(),
-            executable,
+            executable: file.executable,
         })
     }
     fn write(&mut self, open: &mut Kept, bytes: &[u8]) -> Result<(), Infallible> {
         self.total += bytes.len() as u64;
         open.bytes.extend_from_slice(bytes);
+        Ok(())
+    }
+    fn hole(&mut self, open: &mut Kept, bytes: u64) -> Result<(), Infallible> {
+        open.bytes.resize(open.bytes.len() + bytes as usize, 0);
         Ok(())
     }
     fn end(&mut self, open: Kept) -> Result<Kept, Infallible> {
@@ -280,7 +284,9 @@ fn hostile_entries_are_refused_with_name_and_reason() {
         (
             vec![raw(b'S', b"sparse", b"", 0o644, b"")],
             "sparse",
-            kind("a sparse file (archive it without --sparse)"),
+            Refusal::Header {
+                what: "a number in the map of a sparse file",
+            },
         ),
         (
             vec![raw(b'0', b"su", b"", 0o4755, b"x")],
@@ -339,8 +345,33 @@ fn hostile_pax_is_refused() {
         (vec![("path", b"a\0b")], Refusal::ControlCharacter),
         (
             vec![("GNU.sparse.map", b"0,1")],
-            Refusal::Kind {
-                what: "a sparse file (archive it without --sparse)",
+            Refusal::Header {
+                what: "a sparse file without its size",
+            },
+        ),
+        (
+            vec![
+                ("GNU.sparse.size", b"1152921504606846976"),
+                ("GNU.sparse.map", b"0,3"),
+            ],
+            Refusal::TooLarge { limit: 16 << 30 },
+        ),
+        (
+            vec![("GNU.sparse.size", b"9"), ("GNU.sparse.map", b"8,3")],
+            Refusal::Header {
+                what: "the map of a sparse file does not fit the file",
+            },
+        ),
+        (
+            vec![("GNU.sparse.size", b"9"), ("GNU.sparse.map", b"0,9")],
+            Refusal::Header {
+                what: "the map of a sparse file has other bytes than the archive",
+            },
+        ),
+        (
+            vec![("GNU.sparse.major", b"2"), ("GNU.sparse.size", b"9")],
+            Refusal::Header {
+                what: "a version of sparse files that is not known",
             },
         ),
         (
@@ -547,6 +578,48 @@ proptest! {
                     prop_assert!(real.starts_with(top.canonicalize().unwrap()), "{path} -> {real:?}");
                 }
             }
+        }
+    }
+}
+
+/// More parts than fit into a header of old, and into the block behind it.
+#[test]
+fn sparse_files_come_back_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut image = vec![0; 64 * (64 << 10) + 12_345];
+    let file = std::fs::File::create(dir.path().join("image")).unwrap();
+    file.set_len(image.len() as u64).unwrap();
+    for part in 0..40_usize {
+        let at = part * (64 << 10) + 4096;
+        image[at..][..5000].fill(part as u8 + 1);
+        std::os::unix::fs::FileExt::write_all_at(&file, &image[at..][..5000], at as u64).unwrap();
+    }
+    std::fs::write(dir.path().join("vmlinuz"), "kernel").unwrap();
+    let formats = [
+        &["--format=gnu"][..],
+        &["--format=posix", "--sparse-version=0.0"],
+        &["--format=posix", "--sparse-version=0.1"],
+        &["--format=posix", "--sparse-version=1.0"],
+    ];
+    for format in formats {
+        let made = std::process::Command::new("tar")
+            .args(["-C", dir.path().to_str().unwrap(), "--create", "--file=-"])
+            .arg("--sparse")
+            .args(format)
+            .args(["image", "vmlinuz"])
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&made.stderr).into_owned();
+        assert!(made.status.success(), "{format:?}: {said}");
+        assert!(made.stdout.len() < 600_000, "tar left out no holes");
+        let files = plain(&made.stdout).unwrap().files;
+        assert_eq!(files.len(), 2, "{format:?}");
+        assert_eq!(files[0].0, "image");
+        assert!(files[0].1.bytes == image, "{format:?}");
+        assert_eq!(files[1].1.bytes, b"kernel", "{format:?}");
+        // However it is cut, it is no file.
+        for cut in [512, 100_000] {
+            assert!(plain(&made.stdout[..cut]).is_err(), "{format:?}, {cut}");
         }
     }
 }

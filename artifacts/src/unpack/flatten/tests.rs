@@ -5,7 +5,7 @@ use std::convert::Infallible;
 use proptest::prelude::*;
 
 use super::*;
-use crate::unpack::{Output, UnpackError, unpack};
+use crate::unpack::{NewFile, Output, UnpackError, unpack};
 
 /// An entry of a layer.
 #[derive(Clone, Debug)]
@@ -71,13 +71,17 @@ impl Output for Memory {
     type File = Vec<u8>;
     type Error = Infallible;
 
-    fn begin(&mut self, _size: u64, _executable: bool) -> Result<Vec<u8>, Infallible> {
+    fn begin(&mut self, _: &NewFile) -> Result<Vec<u8>, Infallible> {
         Ok(Vec::new())
     }
 
     fn write(&mut self, open: &mut Vec<u8>, bytes: &[u8]) -> Result<(), Infallible> {
         open.extend_from_slice(bytes);
         Ok(())
+    }
+
+    fn hole(&mut self, _: &mut Vec<u8>, _: u64) -> Result<(), Infallible> {
+        panic!("it makes no holes");
     }
 
     fn end(&mut self, open: Vec<u8>) -> Result<Vec<u8>, Infallible> {
@@ -98,7 +102,7 @@ fn tar_of(layers: &Tars, folder: &str) -> Result<Vec<u8>, FlattenError> {
 fn unpacked(tar: &[u8]) -> Result<Tree, UnpackError<Infallible>> {
     let limits = Limits::default();
     let found = unpack(tar, Format::Tar, &limits, &mut Memory, &mut |_| {})?;
-    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
     let files = found.files.into_iter().map(|(p, f)| (p, text(f)));
     let links = found.links.into_iter();
     Ok(files
