@@ -5,6 +5,7 @@
 //!
 //! It must not know of tokens, manifests or blobs.
 
+use std::env;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -89,9 +90,11 @@ pub(super) struct Transport {
     /// Holds all blobs together to `options.rate_limit`, whatever way they come.
     pub(super) limiter: Option<Arc<Limiter>>,
     tls: Tls,
+    /// Whether the environment says that no proxy is for anyone.
+    exempt: OnceLock<bool>,
     /// Through the proxy that the environment names.
     proxied: OnceLock<reqwest::Client>,
-    /// For registries on this machine, which no proxy can reach.
+    /// For registries on this machine, which no proxy can reach, and for all when the environment exempts all.
     direct: OnceLock<reqwest::Client>,
 }
 
@@ -116,6 +119,7 @@ impl Transport {
             limiter,
             options,
             via,
+            exempt: OnceLock::new(),
             proxied: OnceLock::new(),
             direct: OnceLock::new(),
         })
@@ -314,7 +318,12 @@ impl Transport {
 
     fn client(&self, url: &Url) -> Result<&reqwest::Client> {
         let fixed = self.via.as_ref().is_some_and(|via| via.proxy.is_some());
-        let local = !fixed && is_loopback(url.host_str().unwrap_or_default());
+        let local = is_loopback(url.host_str().unwrap_or_default());
+        let local = !fixed
+            && (local
+                || *self
+                    .exempt
+                    .get_or_init(|| exempts_all(|name| env::var(name).ok())));
         let place = if local { &self.direct } else { &self.proxied };
         if let Some(client) = place.get() {
             return Ok(client);
@@ -355,10 +364,38 @@ impl Transport {
     }
 }
 
+/// Whether `NO_PROXY` has an entry `*`. The HTTP library takes that for names alone, and not for addresses.
+fn exempts_all(variable: impl Fn(&str) -> Option<String>) -> bool {
+    let value = variable("NO_PROXY").or_else(|| variable("no_proxy"));
+    value.is_some_and(|value| value.split(',').any(|entry| entry.trim() == "*"))
+}
+
 fn timeout(url: &Url, request: &Request<'_>, after: Duration) -> Error {
     Error::Timeout {
         host: authority(url),
         action: request.action.to_owned(),
         after,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_asterisk_exempts_all() {
+        let with = |upper: Option<&str>, lower: Option<&str>| {
+            exempts_all(|name| {
+                let value = if name == "NO_PROXY" { upper } else { lower };
+                value.map(str::to_owned)
+            })
+        };
+        for all in ["*", "example.org, *"] {
+            assert!(with(Some(all), None) && with(None, Some(all)));
+        }
+        for some in ["", "*.example.org", "192.0.2.1"] {
+            assert!(!with(Some(some), Some("*")));
+        }
+        assert!(!with(None, None));
     }
 }
