@@ -117,6 +117,9 @@ pub(crate) struct Artifacts {
     /// Its reference: `registry/repository:tag`, or with `@sha256:...` to pin it.
     #[schemars(with = "String")]
     pub(crate) url: Url,
+    /// Where `url` names a container image and no artifact: the folder of it with the guest; `/` is all of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) image_folder: Option<String>,
     /// A Kubernetes secret with credentials. Without a cluster it is not looked up: use `registry.credentialsFile`.
     #[serde(default)]
     pub(crate) pull_secret: String,
@@ -580,6 +583,15 @@ fn check(text: &str, config: &Config) -> Result<(), Failure> {
             )?;
         }
         let name = &class.name;
+        let in_image = own.is_some_and(|artifacts| artifacts.image_folder.is_some());
+        let own = own.and_then(|artifacts| artifacts.verify.as_ref());
+        if in_image && config.signing_keys(own).is_some() {
+            // A signature of an image says nothing of a part of it, once the rest is gone.
+            return bad(format!(
+                "{}the class {name:?} has an artifacts.imageFolder, and signatures are demanded of it: they are of whole images, and cannot be verified again for a folder; publish the folder as a signed artifact, or pin the image by its digest and set the class's artifacts.verify.policy to \"none\"",
+                line_of(text, name, 1)
+            ));
+        }
         if let Err(error) = km_artifacts::check_class(name) {
             return Err(Failure::because(
                 Kind::Configuration,

@@ -136,15 +136,14 @@ async fn make_generation(
     // It is kept under the configured reference, not under the pinned one: so the name moves with its tag, and is the one that is
     // looked for when the registry cannot be reached.
     let kept_as = &artifacts.url.reference;
-    let artifact = km_artifacts::pull(
-        &node.store,
-        client,
-        kept_as,
-        resolved,
-        &Limits::default(),
-        &Shown::new("fetched"),
-    )
-    .await?;
+    let (store, limits, shown) = (&node.store, Limits::default(), Shown::new("fetched"));
+    let artifact = match &artifacts.image_folder {
+        Some(folder) => {
+            km_artifacts::pull_image(store, client, kept_as, resolved, folder, &limits, &shown)
+                .await?
+        }
+        None => km_artifacts::pull(store, client, kept_as, resolved, &limits, &shown).await?,
+    };
     let index = resolved.index.as_ref();
     let index = index.map(|(digest, bytes)| (digest, bytes.as_slice()));
     node.store

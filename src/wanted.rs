@@ -115,12 +115,16 @@ pub(crate) fn cri_settings(config: &Config, version: ContainerdVersion) -> Setti
 
 /// The digest of everything but the artifact that a class's derived files are made from.
 pub(crate) fn inputs(config: &Config, class: &RuntimeClass) -> Digest {
-    let inputs = json!({
+    let mut inputs = json!({
         "derivation": DERIVATION,
         "class": class.name,
         "kind": class_kind(class).map(|kind| kind.name),
         "artifactsDir": config.artifacts_dir.as_str(),
         "provider": config.provider.prefix.as_str(),
     });
+    let artifacts = class.artifacts.as_ref();
+    if let Some(folder) = artifacts.and_then(|artifacts| artifacts.image_folder.as_ref()) {
+        inputs["imageFolder"] = folder.as_str().into();
+    }
     Digest::of(inputs.to_string().as_bytes())
 }

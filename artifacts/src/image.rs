@@ -51,6 +51,10 @@ pub async fn pull_image(
     limits: &Limits,
     progress: &dyn Progress,
 ) -> Result<Artifact> {
+    if is_of_folder(resolved, folder) {
+        // What was made of the image before, and stands in for a registry that cannot be reached.
+        return crate::pull(store, client, reference, resolved, limits, progress).await;
+    }
     let image = Image::new(reference, resolved, folder)?;
     if let Some((digest, bytes)) = image.known(store)? {
         return image.finish(store, &digest, &bytes);
@@ -79,6 +83,13 @@ pub async fn pull_image(
     }
     let (digest, bytes) = taken?;
     image.finish(store, &digest, &bytes)
+}
+
+/// Whether a manifest is what is made of such a folder.
+fn is_of_folder(resolved: &Resolved, folder: &str) -> bool {
+    let annotations = resolved.manifest.parsed.annotations().as_ref();
+    let from = annotations.and_then(|all| all.get(FOLDER));
+    from.is_some_and(|from| from.trim_matches('/') == folder.trim_matches('/'))
 }
 
 #[derive(Clone, Debug)]

@@ -47,16 +47,23 @@ impl Arguments {
 }
 
 pub(super) async fn run(global: &Global, node: &Node, arguments: &Arguments) -> Result<()> {
-    let references = arguments.references.iter().chain(&arguments.image);
-    let folder = arguments.image.as_ref().map(|_| arguments.path.as_str());
+    let references = arguments.references.iter().map(|text| (text, None));
+    let image = arguments.image.iter();
+    let image = image.map(|text| (text, Some(arguments.path.as_str())));
     let mut wanted = references
-        .map(|text| parse(text))
+        .chain(image)
+        .map(|(text, folder)| Ok((parse(text)?, folder)))
         .collect::<Result<Vec<_>>>()?;
     if wanted.is_empty() {
         let classes = node.config.runtime_classes.iter();
         wanted = classes
             .filter_map(|class| class.artifacts.as_ref())
-            .map(|artifacts| artifacts.url.reference.clone())
+            .map(|artifacts| {
+                (
+                    artifacts.url.reference.clone(),
+                    artifacts.image_folder.as_deref(),
+                )
+            })
             .collect();
         wanted.sort();
         wanted.dedup();
@@ -77,7 +84,7 @@ pub(super) async fn run(global: &Global, node: &Node, arguments: &Arguments) -> 
         )
         .into());
     }
-    for reference in wanted {
+    for (reference, folder) in wanted {
         let to = arguments.to.as_deref();
         let (digest, artifact) = pull(node, &client, &reference, to, folder).await?;
         text.push_str(&format!(

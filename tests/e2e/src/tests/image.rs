@@ -15,13 +15,14 @@ use km_tests_e2e::suite::Test;
 use km_tests_e2e::upload;
 use tar::EntryType;
 
-use super::node::walk;
+use super::node::{Class, DEMO, Node, walk};
 
 pub(crate) const TESTS: &[Test] = &[
     (
         "a_folder_is_what_containerd_makes_of_it",
         a_folder_is_what_containerd_makes_of_it,
     ),
+    ("a_class_names_a_folder", a_class_names_a_folder),
     ("what_an_image_may_not_hold", what_an_image_may_not_hold),
 ];
 
@@ -130,6 +131,38 @@ fn content(folder: &Path) -> Result<BTreeMap<String, (Vec<u8>, bool)>> {
         found.insert(name, what);
     }
     Ok(found)
+}
+
+/// A class that names a folder of an image: another folder is another generation, and signatures cannot be demanded.
+fn a_class_names_a_folder(sandbox: &Sandbox) -> Result<()> {
+    let node = Node::start(sandbox, &Options::new(Version::V1_7))?;
+    upload::image(&node.registry.host(), IMAGE, "v1", &layers()?)?;
+    let reference = node.proxy.reference(&format!("{IMAGE}:v1"));
+    node.configure(&[Class::runc(DEMO, reference.clone())])?;
+    let url = format!("url: {reference}\n");
+    let whole = format!("    imageFolder: /{FOLDER}\n");
+    node.reconfigure(&url, &format!("{url}{whole}"))?;
+    node.apply(&[DEMO])?;
+    let live = node.artifacts.join(DEMO);
+    ensure!(live.join("share/kata.img").is_file());
+    node.proxy.take_requests();
+    node.km.expect(&["apply"], 0)?;
+    let asked = node.proxy.take_requests();
+    ensure!(asked.len() == 1, "{asked:?}");
+
+    let part = format!("    imageFolder: /{FOLDER}/share\n");
+    node.reconfigure(&whole, &part)?;
+    node.apply(&[DEMO])?;
+    ensure!(live.join("kata.img").is_file() && !live.join("share").exists());
+    node.km.expect(&["artifacts", "verify"], 0)?;
+    node.km.expect(&["artifacts", "pull"], 0)?;
+    node.km.expect(&["rollback", DEMO], 0)?;
+    ensure!(live.join("share/kata.img").is_file());
+
+    let signed = format!("{part}    verify: {{policy: key, keys: [/etc/key.pem]}}\n");
+    node.reconfigure(&part, &signed)?;
+    node.refuses(&["plan"], 4, &["imageFolder", "signatures"])?;
+    Ok(())
 }
 
 fn a_folder_is_what_containerd_makes_of_it(sandbox: &Sandbox) -> Result<()> {
