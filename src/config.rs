@@ -40,6 +40,9 @@ pub(crate) struct Config {
     /// The containerd to register handlers in.
     #[serde(default)]
     pub(crate) containerd: Containerd,
+    /// How the node's GPUs and NVSwitches are named and given away.
+    #[serde(default)]
+    pub(crate) devices: Devices,
     /// How registries are reached.
     #[serde(default)]
     pub(crate) registry: Registry,
@@ -393,6 +396,51 @@ pub(crate) enum RestartMode {
     None,
 }
 
+/// How the node's GPUs and NVSwitches are named and given away.
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(crate) struct Devices {
+    /// The class of GPUs, as in `nvidia.com/pgpu`; empty: each model is a class, such as `GH100_H100_PCIE`.
+    #[serde(default = "default_gpu_alias")]
+    pub(crate) gpu_alias: String,
+    /// The class of NVSwitches; empty: each model is a class.
+    #[serde(default = "default_nvswitch_alias")]
+    pub(crate) nvswitch_alias: String,
+    /// The folder of our CDI specs.
+    #[serde(default = "default_cdi_dir")]
+    #[schemars(with = "String")]
+    pub(crate) cdi_dir: HostPath,
+    /// Which nodes give a device to a virtual machine.
+    #[serde(default)]
+    pub(crate) backend: Backend,
+}
+
+impl Default for Devices {
+    fn default() -> Devices {
+        Devices {
+            gpu_alias: default_gpu_alias(),
+            nvswitch_alias: default_nvswitch_alias(),
+            cdi_dir: default_cdi_dir(),
+            backend: Backend::Auto,
+        }
+    }
+}
+
+/// Which nodes give a device to a virtual machine.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema, clap::ValueEnum,
+)]
+#[serde(rename_all = "camelCase")]
+pub(crate) enum Backend {
+    /// Those of iommufd where the host has them, the group's elsewhere.
+    #[default]
+    Auto,
+    /// The group's: /dev/vfio/GROUP and /dev/vfio/vfio.
+    Group,
+    /// Those of iommufd, /dev/vfio/devices/vfioN, and no others: confidential guests need them.
+    Iommufd,
+}
+
 /// The least `registry.rateLimit`: below it a blob takes days, and a stall cannot be told from it.
 pub(crate) const RATE_LIMIT_MIN: u64 = 64 << 10;
 
@@ -446,6 +494,18 @@ fn default_containerd_config() -> HostPath {
 
 fn default_containerd_socket() -> HostPath {
     fixed("/run/containerd/containerd.sock")
+}
+
+fn default_gpu_alias() -> String {
+    "pgpu".to_owned()
+}
+
+fn default_nvswitch_alias() -> String {
+    "nvswitch".to_owned()
+}
+
+fn default_cdi_dir() -> HostPath {
+    fixed(km_cdi::DIR)
 }
 
 fn default_unit() -> String {
@@ -568,6 +628,12 @@ fn check(text: &str, config: &Config) -> Result<(), Failure> {
     {
         return bad(format!(
             "registry.rateLimit is {rate} bytes a second; it must be {RATE_LIMIT_MIN} or more"
+        ));
+    }
+    let devices = &config.devices;
+    if let Err(error) = km_cdi::devices::Naming::new(&devices.gpu_alias, &devices.nvswitch_alias) {
+        return bad(format!(
+            "devices.gpuAlias or devices.nvswitchAlias: {error}"
         ));
     }
     let mut names = BTreeSet::new();

@@ -19,6 +19,7 @@ mod output;
 mod plan;
 mod progress;
 mod remove;
+mod specs;
 mod wanted;
 
 use std::ffi::OsString;

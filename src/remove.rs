@@ -83,10 +83,16 @@ pub(crate) async fn handlers(
     journal.update(|record| record.handlers.clear())
 }
 
-/// Removes the CDI specs of ours from the folders that CDI looks into by default.
+/// Removes the CDI specs of ours from the folders that CDI looks into by default, and from the one that is configured.
 pub(crate) fn cdi_specs(node: &Node, removed: &mut Removed) -> Result<()> {
-    for dir in [km_cdi::STATIC_DIR, km_cdi::DIR] {
-        let gone = km_cdi::files::remove_ours(&node.root, &HostPath::new(dir)?)?;
+    let usual = [
+        HostPath::new(km_cdi::STATIC_DIR)?,
+        HostPath::new(km_cdi::DIR)?,
+    ];
+    let own = node.config.devices.cdi_dir.clone();
+    let own = Some(own).filter(|dir| !usual.contains(dir));
+    for dir in usual.iter().chain(&own) {
+        let gone = km_cdi::files::remove_ours(&node.root, dir)?;
         removed
             .cdi_specs
             .extend(gone.iter().map(ToString::to_string));

@@ -112,6 +112,11 @@ impl Global {
         self.open(crate::config::load_if_there(&self.config)?)
     }
 
+    /// How devices are named and given away, by the configuration if there is one.
+    fn devices(&self) -> Result<crate::config::Devices> {
+        Ok(crate::config::load_if_there(&self.config)?.0.devices)
+    }
+
     fn open(&self, config: (crate::config::Config, Vec<u8>)) -> Result<Node> {
         let mut node = Node::open(
             config,

@@ -56,6 +56,9 @@ pub enum Backend {
     Group,
     /// One for each function, `/dev/vfio/devices/vfio<n>`, where all functions of a group have one; the group's own elsewhere.
     Iommufd,
+    /// One for each function, and nothing else: a group where one is missing is left out. Kata's confidential guests take no
+    /// others.
+    IommufdOnly,
 }
 
 impl Backend {
@@ -154,9 +157,17 @@ pub fn find(inventory: &Inventory, naming: &Naming, backend: Backend) -> Found {
                 reason,
             }),
             Ok(group) if seen.insert(group.id) => {
-                found
-                    .devices
-                    .extend(device(inventory, naming, backend, group, &places));
+                let Some(device) = device(inventory, naming, backend, group, &places) else {
+                    continue;
+                };
+                match device.nodes.is_empty() {
+                    false => found.devices.push(device),
+                    true => found.left_out.push(LeftOut {
+                        address: device.name,
+                        model: device.model,
+                        reason: "not all functions of its group have a node in /dev/vfio/devices: the kernel needs iommufd and CONFIG_VFIO_DEVICE_CDEV".to_owned(),
+                    }),
+                }
             }
             Ok(_) => {}
         }
@@ -231,6 +242,7 @@ fn device(
     })
 }
 
+/// None when the backend has none for these functions.
 fn nodes(functions: &[&Function], group: u32, backend: Backend) -> Vec<String> {
     let of_functions: Option<BTreeSet<String>> = functions
         .iter()
@@ -239,9 +251,12 @@ fn nodes(functions: &[&Function], group: u32, backend: Backend) -> Vec<String> {
             Some(format!("/dev/vfio/devices/{name}"))
         })
         .collect();
-    match of_functions {
-        Some(nodes) if backend == Backend::Iommufd => nodes.into_iter().collect(),
-        _ => vec![format!("/dev/vfio/{group}"), CONTAINER.to_owned()],
+    match (of_functions, backend) {
+        (Some(nodes), Backend::Iommufd | Backend::IommufdOnly) => nodes.into_iter().collect(),
+        (None, Backend::IommufdOnly) => Vec::new(),
+        (_, Backend::Group) | (None, Backend::Iommufd) => {
+            vec![format!("/dev/vfio/{group}"), CONTAINER.to_owned()]
+        }
     }
 }
 
@@ -345,11 +360,16 @@ mod tests {
                 .clone()
         };
         assert!(nodes(&inventory).contains(&CONTAINER.to_owned()));
+        let strict = find(&inventory, &usual(), Backend::IommufdOnly);
+        assert_eq!((strict.devices.len(), strict.left_out.len()), (0, 12));
+        assert!(strict.left_out[0].reason.contains("iommufd"), "{strict:?}");
         inventory
             .functions
             .iter_mut()
             .for_each(|function| function.cdev = true);
         assert_eq!(nodes(&inventory), ["/dev/vfio/devices/vfio2"]);
+        let strict = find(&inventory, &usual(), Backend::IommufdOnly);
+        assert_eq!((strict.devices.len(), strict.left_out.len()), (12, 0));
     }
 
     #[test]

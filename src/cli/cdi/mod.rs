@@ -5,7 +5,7 @@ mod list;
 mod validate;
 
 use anyhow::Result;
-use km_cdi::files::File;
+use km_cdi::files::{File, Step};
 use km_host::{HostPath, Root};
 
 use super::Global;
@@ -35,4 +35,17 @@ fn folders(root: &Root) -> Result<Vec<Vec<File>>> {
         folders.push(km_cdi::files::observe(root, &HostPath::new(dir)?)?);
     }
     Ok(folders)
+}
+
+/// A change of a spec, as a line.
+pub(super) fn step(step: &Step) -> String {
+    match step {
+        Step::Write {
+            path, new, devices, ..
+        } => {
+            let how = if *new { "new" } else { "changed" };
+            format!("write {path} ({how}, devices: {devices})\n")
+        }
+        Step::Remove { path } => format!("remove {path}\n"),
+    }
 }

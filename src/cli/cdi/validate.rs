@@ -63,7 +63,9 @@ pub(super) fn run(global: &Global, arguments: &Arguments) -> Result<()> {
 fn named(path: &std::path::Path) -> Result<File> {
     let missing = || Failure::new(Kind::Host, format!("cannot find {}", path.display()));
     let real = std::fs::canonicalize(path).with_context(missing)?;
-    Ok(File::read(&Root::new("/")?, &HostPath::new(real)?)?)
+    let real = HostPath::new(real)
+        .map_err(|error| Failure::new(Kind::Configuration, error.to_string()))?;
+    Ok(File::read(&Root::new("/")?, &real)?)
 }
 
 fn to_json(file: &File) -> Value {

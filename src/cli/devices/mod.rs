@@ -7,8 +7,7 @@ mod unbind;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use km_host::lock::Lock;
-use km_host::{HostPath, Root};
+use km_host::Root;
 use km_vfio::apply::{self, HostKernel};
 use km_vfio::plan::{Plan, Refusal, Targets};
 use km_vfio::{Address, Function, Holder, Inventory, Users};
@@ -18,9 +17,7 @@ use serde_json::json;
 use super::Global;
 use crate::failure::{Failure, Kind};
 use crate::output::{self, Format};
-
-/// One at a time changes devices. `/run` is emptied at boot, as devices are.
-pub(super) const LOCK: &str = "/run/kata-manager/devices.lock";
+use crate::specs::{self, Options, Planned, Settings};
 
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum Command {
@@ -48,6 +45,11 @@ struct Which {
     /// Print the steps, and change nothing.
     #[arg(long)]
     dry_run: bool,
+    /// Leave the CDI specs as they are; "cdi generate" brings them up to date.
+    #[arg(long)]
+    no_cdi: bool,
+    #[command(flatten)]
+    specs: Options,
 }
 
 impl Which {
@@ -98,7 +100,7 @@ impl Looked {
 }
 
 /// Plans, and tells the plan or carries it out under the lock; `plan` is asked again when the lock is held. `after` is for what
-/// is to be done once the functions are where they should be, moved or not.
+/// is to be done once the functions are where they should be, moved or not; then the CDI specs follow.
 fn change(
     global: &Global,
     which: &Which,
@@ -106,30 +108,36 @@ fn change(
     plan: impl Fn(&Root, &Looked) -> std::result::Result<Plan, Vec<Refusal>>,
     after: impl Fn(&Root, &Plan) -> Result<()>,
 ) -> Result<()> {
+    let settings = Settings::new(&which.specs, &global.devices()?)?;
     let root = Root::new(&global.host_root)?;
+    let wait = Duration::from_secs(global.lock_timeout);
     let make = || -> Result<Plan> { plan(&root, &Looked::at(&root)?).map_err(refused) };
     let mut planned = make()?;
     if which.dry_run {
-        return tell(global, kind, &planned, false);
+        return tell(global, kind, &planned, None);
     }
-    if planned.steps.is_empty() {
-        after(&root, &planned)?;
-        return tell(global, kind, &planned, true);
-    }
-    let path = root.resolve(&HostPath::new(LOCK)?)?;
-    if let Some(folder) = path.parent() {
-        km_host::atomic::create_dir_all(folder, 0o755)?;
-    }
-    let _lock = Lock::acquire(&path, Duration::from_secs(global.lock_timeout))?;
-    planned = make()?;
-    let mut say = |step: &km_vfio::plan::Step| {
-        if global.output == Format::Text {
-            output::to_stderr(&step.to_string());
-        }
+    let lock = match planned.steps.is_empty() {
+        true => None,
+        false => Some(specs::lock(&root, wait)?),
     };
-    apply::apply(&root, &HostKernel::new(&root), &planned, &mut say)?;
+    if lock.is_some() {
+        planned = make()?;
+        let mut say = |step: &km_vfio::plan::Step| {
+            if global.output == Format::Text {
+                output::to_stderr(&step.to_string());
+            }
+        };
+        apply::apply(&root, &HostKernel::new(&root), &planned, &mut say)?;
+    }
     after(&root, &planned)?;
-    tell(global, kind, &planned, true)
+    let specs = match which.no_cdi {
+        true => None,
+        false => Some(
+            specs::refresh(&root, &settings, wait, lock.is_some())
+                .context("the devices are where they should be, and their CDI specs are not")?,
+        ),
+    };
+    tell(global, kind, &planned, Some(specs))
 }
 
 /// All reasons at once. A device that is not there or does not answer is the device's failure; the others are refusals.
@@ -143,12 +151,19 @@ fn refused(refusals: Vec<Refusal>) -> anyhow::Error {
     Failure::new(kind, all.join("\n       ")).into()
 }
 
-fn tell(global: &Global, kind: &str, plan: &Plan, done: bool) -> Result<()> {
-    let body = json!({ "done": done, "steps": plan.steps, "functions": plan.functions });
+/// Tells what was done, with the specs unless they were left alone; `done` is `None` where nothing was to be done.
+fn tell(global: &Global, kind: &str, plan: &Plan, done: Option<Option<Planned>>) -> Result<()> {
+    let specs = done.as_ref().and_then(Option::as_ref);
+    let body = json!({
+        "done": done.is_some(),
+        "steps": plan.steps,
+        "functions": plan.functions,
+        "specs": specs,
+    });
     let moves = |step: &&km_vfio::plan::Step| matches!(step, km_vfio::plan::Step::Move { .. });
-    let text = if plan.steps.is_empty() {
+    let mut text = if plan.steps.is_empty() {
         format!("Nothing to do for {} functions.\n", plan.functions.len())
-    } else if done {
+    } else if done.is_some() {
         format!(
             "Done: {} functions moved.\n",
             plan.steps.iter().filter(moves).count()
@@ -156,5 +171,11 @@ fn tell(global: &Global, kind: &str, plan: &Plan, done: bool) -> Result<()> {
     } else {
         plan.steps.iter().map(|step| format!("{step}\n")).collect()
     };
+    if let Some(specs) = specs {
+        text.extend(specs.steps.iter().map(super::cdi::step));
+        for conflict in &specs.conflicts {
+            output::to_stderr(&format!("warning: CDI specs are left alone: {conflict}"));
+        }
+    }
     output::result(global.output, kind, body, &text)
 }

@@ -358,7 +358,7 @@ fn the_schema() {
 
 /// A place whose root shows a machine.
 fn machine(machine: &km_tests_sysfs::Machine) -> Place {
-    let place = Place::new(None);
+    let place = Place::new(Some(""));
     machine.write(&place.path().join("root"));
     place
 }
