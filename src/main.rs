@@ -13,6 +13,7 @@ mod flavor;
 mod journal;
 mod kata;
 mod log;
+mod neighbours;
 mod node;
 mod observe;
 mod output;

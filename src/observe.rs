@@ -397,7 +397,7 @@ fn imported(node: &Node, seen: &SeenClass, reference: &Reference) -> Result<Opti
     }))
 }
 
-fn missing_provider_files(node: &Node) -> Result<Vec<String>> {
+pub(crate) fn missing_provider_files(node: &Node) -> Result<Vec<String>> {
     let provider = wanted::provider(&node.config);
     let mut missing = Vec::new();
     for class in &node.config.runtime_classes {

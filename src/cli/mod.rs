@@ -6,6 +6,7 @@ mod cdi;
 mod config;
 mod containerd;
 mod devices;
+mod doctor;
 mod plan;
 mod rollback;
 mod runtimeclasses;
@@ -153,6 +154,8 @@ enum Command {
     /// Write, list and check CDI specs, by which containerd and Kata find devices.
     #[command(subcommand)]
     Cdi(cdi::Command),
+    /// Say what keeps this host from passing GPUs through, and what to do.
+    Doctor(doctor::Arguments),
     /// Draw the PCI tree with GPUs, switches, IOMMU groups, NUMA nodes, drivers and users; or the one that a guest will have.
     Topology(topology::Arguments),
     /// Print Kubernetes RuntimeClass objects.
@@ -215,6 +218,7 @@ async fn dispatch(cli: Cli) -> Result<u8> {
         Command::Containerd(command) => containerd::run(global, &command).await?,
         Command::Devices(command) => devices::run(global, &command)?,
         Command::Cdi(command) => cdi::run(global, &command).await?,
+        Command::Doctor(arguments) => doctor::run(global, &arguments).await?,
         Command::Topology(arguments) => topology::run(global, &arguments).await?,
         Command::Runtimeclasses(command) => runtimeclasses::run(global, &command)?,
         Command::Config(command) => config::run(global, &command)?,

@@ -38,6 +38,12 @@ impl Naming {
         })
     }
 
+    /// The kinds that the aliases give, such as `nvidia.com/pgpu`.
+    pub fn kinds(&self) -> Vec<String> {
+        let aliases = [&self.gpu, &self.nvswitch];
+        aliases.into_iter().flatten().map(Class::kind).collect()
+    }
+
     fn class(&self, function: &Function) -> Class {
         let alias = match function.kind {
             Kind::NvSwitch => &self.nvswitch,

@@ -36,6 +36,7 @@ pub use address::{Address, AddressError};
 pub use inventory::{
     Bar, Bridge, BridgeKind, Function, Group, Inventory, Kind, Link, Member, Power,
 };
+pub use sysfs::printable;
 pub use users::{Holder, Users};
 
 /// NVIDIA's vendor number (<https://pci-ids.ucw.cz/read/PC/10de>).

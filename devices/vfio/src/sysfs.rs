@@ -138,7 +138,7 @@ impl<'a> Sysfs<'a> {
 }
 
 /// A text without control characters, so that it can be printed on a terminal.
-pub(crate) fn printable(text: &str) -> String {
+pub fn printable(text: &str) -> String {
     let plain = |char: char| {
         // Besides control characters, those that turn the direction of writing or cannot be seen.
         !char.is_control()

@@ -78,9 +78,15 @@ impl Place {
 
     /// Runs with this place's configuration and root, and nothing of ours in the environment. Paths of the place are replaced.
     fn run(&self, words: &[&str]) -> Said {
+        self.run_with(&[], words)
+    }
+
+    /// As [`Place::run`], with these variables too.
+    fn run_with(&self, variables: &[(&str, &str)], words: &[impl AsRef<std::ffi::OsStr>]) -> Said {
         let output = Command::new(binary())
             .args(words)
             .env_clear()
+            .envs(variables.iter().copied())
             .env("PATH", "/usr/bin:/bin")
             .env("KATA_MANAGER_CONFIG", self.path().join("config.yaml"))
             .env("KATA_MANAGER_HOST_ROOT", self.path().join("root"))
@@ -156,6 +162,7 @@ fn help_of_each_command() {
         &["cdi", "generate"],
         &["cdi", "list"],
         &["cdi", "validate"],
+        &["doctor"],
         &["topology"],
         &["config"],
         &["config", "schema"],
@@ -518,6 +525,126 @@ fn guests_of_prepared_machines_are_planned() {
     assert_snapshot!("topology_plan_shared_group", said);
     let off = place(&shapes::no_iommu()).run(&["topology", "--plan", "all"]);
     assert_snapshot!("topology_plan_no_iommu", off);
+}
+
+#[test]
+fn cdi_specs_by_configuration_and_variables() {
+    use std::os::unix::ffi::OsStrExt as _;
+    let place = machine(&km_tests_sysfs::shapes::eight_gpus());
+    let config = "devices:\n  gpuAlias: \"\"\n  nvswitchAlias: sw\n  cdiDir: /etc/specs\n";
+    std::fs::write(place.path().join("config.yaml"), config).unwrap();
+    let specs = || -> Vec<String> {
+        let files = place.files().into_iter();
+        let files = files.filter(|file| file.extension().is_some_and(|end| end == "yaml"));
+        let names = files.map(|file| file.display().to_string());
+        names.filter(|name| name.contains("nvidia")).collect()
+    };
+    // Everything is with VFIO already: nothing moves, and the specs follow all the same.
+    assert_snapshot!(
+        "devices_bind_writes_specs",
+        place.run(&["devices", "bind", "--all"])
+    );
+    let by_model = "root/etc/specs/nvidia.com-GH100_H100_SXM5_80GB.yaml";
+    assert_eq!(specs(), [by_model, "root/etc/specs/nvidia.com-sw.yaml"]);
+    let again = place.run(&["devices", "bind", "--all"]);
+    assert!(!again.stdout.contains("write"), "{again}");
+    // A variable comes before the configuration, an option before both.
+    let variables = [("P_GPU_ALIAS", "gpus"), ("NVSWITCH_ALIAS", "")];
+    let said = place.run_with(
+        &variables,
+        &["cdi", "generate", "--nvswitch-alias", "switch"],
+    );
+    assert_eq!(said.code, 0, "{said}");
+    let named = [
+        "root/etc/specs/nvidia.com-gpus.yaml",
+        "root/etc/specs/nvidia.com-switch.yaml",
+    ];
+    assert_eq!(specs(), named);
+    assert_eq!(place.run(&["uninstall"]).code, 0);
+    assert_eq!(specs(), [""; 0]);
+    // Nodes of iommufd alone are demanded, and there are none.
+    let strict = place.run(&["cdi", "generate", "--backend", "iommufd"]);
+    assert!(
+        strict.stdout.contains("CONFIG_VFIO_DEVICE_CDEV"),
+        "{strict}"
+    );
+    assert_eq!(place.run(&["cdi", "generate", "--backend", "both"]).code, 4);
+    std::fs::write(
+        place.path().join("config.yaml"),
+        "devices: {gpuAlias: 9.x}\n",
+    )
+    .unwrap();
+    assert_snapshot!("config_with_a_bad_alias", place.run(&["config", "check"]));
+
+    let odd = place.path().join(std::ffi::OsStr::from_bytes(b"\xff.yaml"));
+    std::fs::write(&odd, "").unwrap();
+    let said = place.run_with(&[], &["cdi".as_ref(), "validate".as_ref(), odd.as_os_str()]);
+    assert_eq!(said.code, 4, "{said}");
+}
+
+#[test]
+fn another_specs_owner_does_not_keep_devices_from_moving() {
+    let foreign = "cdiVersion: 0.5.0\nkind: nvidia.com/pgpu\ndevices: []\n";
+    let shape = km_tests_sysfs::shapes::eight_gpus();
+    let place = machine(&shape.file("/var/run/cdi/nvidia.com-pgpu.yaml", foreign));
+    let before = place.files();
+    let said = place.run(&["devices", "bind", "--all"]);
+    assert_snapshot!("devices_bind_beside_another_spec", said);
+    assert_eq!(place.files(), before, "something was made");
+}
+
+#[test]
+fn doctor_on_prepared_machines() {
+    use km_tests_sysfs::shapes;
+    for (name, shape) in [
+        ("one_gpu", shapes::one_gpu()),
+        ("two_models", shapes::two_models()),
+        ("shared_group", shapes::shared_group()),
+        ("no_iommu", shapes::no_iommu()),
+    ] {
+        let place = machine(&shape.file("/proc/cmdline", "quiet\n"));
+        let before = place.files();
+        assert_snapshot!(format!("doctor_{name}"), place.run(&["doctor"]));
+        assert_eq!(place.files(), before, "something was made");
+    }
+    let place = machine(&shapes::two_models());
+    let json = place.run(&["doctor", "--output", "json", "01:00.0"]);
+    assert_snapshot!("doctor_as_json", json);
+    let said: serde_json::Value = serde_json::from_str(&json.stdout).unwrap();
+    assert_eq!(said["kind"], "Doctor");
+    assert_eq!(place.run(&["doctor", "nonsense"]).code, 4);
+    std::fs::write(place.path().join("config.yaml"), GPU).unwrap();
+    let confidential = place.run(&["doctor"]);
+    assert!(
+        confidential.stdout.contains("kvm_amd.sev_snp=1"),
+        "{confidential}"
+    );
+}
+
+#[test]
+fn readiness_is_told_and_taken_back() {
+    use km_tests_sysfs::shapes;
+    let place = machine(&shapes::two_models());
+    let folder = place.path().join("root/run/nvidia/validations");
+    let said = place.run(&["doctor", "--write-ready"]);
+    assert!(
+        said.stdout.contains("0000:81:00.0 is with nvidia"),
+        "{said}"
+    );
+    assert!(!folder.join("vfio-pci-ready").exists(), "{said}");
+    std::fs::write(folder.join("vfio-pci-ready"), "").unwrap();
+    let said = place.run(&["doctor", "--write-ready"]);
+    assert!(!folder.join("vfio-pci-ready").exists(), "{said}");
+    let place = machine(&shapes::eight_gpus());
+    let said = place.run(&["doctor", "--write-ready"]);
+    assert!(
+        said.stdout.contains("told that this node is ready.\n"),
+        "{said}"
+    );
+    let folder = place.path().join("root/run/nvidia/validations");
+    let kind = std::fs::read_to_string(folder.join("workload-type")).unwrap();
+    assert_eq!(kind, "vm-passthrough\n");
+    assert!(folder.join("vfio-pci-ready").is_file());
 }
 
 #[test]

@@ -13,7 +13,7 @@ use km_tests_e2e::suite::Test;
 use km_tests_e2e::wait;
 
 use crate::shown::Listed;
-use crate::{devices, nested};
+use crate::{devices, doctor, nested, specs};
 
 /// A boot of each shape.
 pub(crate) const TESTS: &[Test] = &[
@@ -40,6 +40,7 @@ fn boot(sandbox: &Sandbox, name: &str) -> Result<(Node, Vec<String>)> {
     node.step("the hardware is what the shape says", hardware)?;
     node.step("containerd answers", containerd)?;
     node.step("devices list is what the shape says", devices::list)?;
+    node.step("doctor knows the shape", doctor::unbound)?;
     let placed = shape.placed();
     let names = placed.iter().map(|placed| placed.named.name.clone());
     Ok((node, names.collect()))
@@ -49,13 +50,17 @@ fn boot(sandbox: &Sandbox, name: &str) -> Result<(Node, Vec<String>)> {
 fn common(node: &mut Node, names: &[String]) -> Result<()> {
     let first = &names[0];
     node.step("bind all", devices::bind_all)?;
+    node.step("CDI specs follow", specs::follow)?;
+    node.step("doctor sees what is bound", doctor::bound)?;
     node.step("unbind and bind one", |node| devices::rebind(node, first))?;
+    node.step("CDI specs are as before", specs::follow)?;
     node.step("a held group is refused", |node| {
         devices::held_group(node, first)
     })?;
     node.step("reset reaches the device", |node| reset(node, first))?;
     node.step("remove and rescan", |node| remove_and_rescan(node, first))?;
-    node.step("unbind all", devices::unbind_all)
+    node.step("unbind all", devices::unbind_all)?;
+    node.step("CDI specs are gone", specs::are_gone)
 }
 
 fn one_gpu(sandbox: &Sandbox) -> Result<()> {
@@ -68,6 +73,9 @@ fn one_gpu(sandbox: &Sandbox) -> Result<()> {
     node.step("a dead device reads as ones", |node| dead(node, first))?;
     node.step("a dead device is not bound", |node| {
         devices::dead(node, first)
+    })?;
+    node.step("doctor sees a dead device", |node| {
+        doctor::dead(node, first)
     })?;
     node.step("a binding that lasts", |node| {
         devices::persistent(node, first)

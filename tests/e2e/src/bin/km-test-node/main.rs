@@ -7,9 +7,11 @@
 mod container;
 mod containerd;
 mod devices;
+mod doctor;
 mod hardware;
 mod nested;
 mod shown;
+mod specs;
 mod verity;
 
 use std::process::ExitCode;

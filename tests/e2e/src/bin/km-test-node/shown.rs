@@ -129,6 +129,19 @@ impl Listed {
 }
 
 impl Device {
+    /// Whether it is a GPU or an NVSwitch.
+    pub(crate) fn is_primary(&self) -> bool {
+        matches!(self.kind.as_str(), "gpu" | "nv-switch")
+    }
+
+    /// The class that it has by default.
+    pub(crate) fn class(&self) -> &'static str {
+        match self.kind.as_str() {
+            "nv-switch" => "nvswitch",
+            _ => "pgpu",
+        }
+    }
+
     /// Vendor and device number as a driver's `new_id` takes them.
     pub(crate) fn id(&self) -> String {
         format!("{} {}", self.vendor, self.device)
