@@ -32,6 +32,8 @@ pub(crate) struct Removed {
     pub(crate) folders_back: Vec<String>,
     /// CDI specs that are gone.
     pub(crate) cdi_specs: Vec<String>,
+    /// Files with rules of `devices bind --persist` that are gone.
+    pub(crate) udev_rules: Vec<String>,
 }
 
 /// Whether there is anything of ours on the node.
@@ -96,6 +98,15 @@ pub(crate) fn cdi_specs(node: &Node, removed: &mut Removed) -> Result<()> {
         removed
             .cdi_specs
             .extend(gone.iter().map(ToString::to_string));
+    }
+    Ok(())
+}
+
+/// Removes the rules of `devices bind --persist`: after the next reboot no device goes to VFIO by itself. Those that are there now
+/// stay, for pods may use them.
+pub(crate) fn udev_rules(node: &Node, removed: &mut Removed) -> Result<()> {
+    if km_vfio::persist::remove(&node.root)? {
+        removed.udev_rules.push(km_vfio::persist::RULES.to_owned());
     }
     Ok(())
 }

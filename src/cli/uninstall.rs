@@ -19,9 +19,10 @@ pub(super) async fn run(global: &Global, arguments: &Arguments) -> Result<()> {
     let node = global.node()?;
     let mut removed = Removed::default();
     if !remove::anything(&node)? {
-        // Specs need neither containerd nor the store.
+        // These need neither containerd nor the store.
         remove::cdi_specs(&node, &mut removed)?;
-        let text = match removed.cdi_specs.is_empty() {
+        remove::udev_rules(&node, &mut removed)?;
+        let text = match removed.cdi_specs.is_empty() && removed.udev_rules.is_empty() {
             true => "Nothing to do: nothing of kata-manager is on this node.\n".to_owned(),
             false => text(&removed),
         };
@@ -32,6 +33,7 @@ pub(super) async fn run(global: &Global, arguments: &Arguments) -> Result<()> {
     let seen = observe::containerd(&node, &journal).await?;
     remove::handlers(&node, &mut journal, &seen, arguments.force, &mut removed).await?;
     remove::cdi_specs(&node, &mut removed)?;
+    remove::udev_rules(&node, &mut removed)?;
     remove::artifacts(&node, &journal, &mut removed)?;
     output::result(global.output, "Uninstalled", &removed, &text(&removed))
 }
@@ -51,6 +53,7 @@ fn text(removed: &Removed) -> String {
         &removed.folders_back,
     );
     say("CDI specs removed", &removed.cdi_specs);
+    say("udev rules removed", &removed.udev_rules);
     out.push_str(
         "Done: nothing of kata-manager is left on this node but its configuration file.\n",
     );

@@ -51,17 +51,13 @@ pub fn update(
     root: &Root,
     rules: &BTreeMap<Address, Option<String>>,
 ) -> Result<bool, km_host::Error> {
-    let name = HostPath::new(RULES).map_err(|error| {
-        let invalid = std::io::Error::new(std::io::ErrorKind::InvalidInput, error);
-        km_host::Error::io("name", RULES)(invalid)
-    })?;
     let bytes = Sysfs::new(root).bytes(RULES, LIMIT);
     let before = bytes.map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
     let after = edited(before.as_deref().unwrap_or_default(), rules);
     if before == after {
         return Ok(false);
     }
-    let path = root.resolve(&name)?;
+    let path = root.resolve(&name()?)?;
     match &after {
         Some(text) => {
             if let Some(folder) = path.parent() {
@@ -72,6 +68,27 @@ pub fn update(
         None => atomic::remove_file(&path)?,
     }
     Ok(true)
+}
+
+/// Removes the file with all rules, when it is one of ours. Says whether there was one.
+///
+/// # Errors
+/// When it cannot be removed.
+pub fn remove(root: &Root) -> Result<bool, km_host::Error> {
+    let bytes = Sysfs::new(root).bytes(RULES, LIMIT).unwrap_or_default();
+    if !bytes.starts_with(HEADER.as_bytes()) {
+        return Ok(false);
+    }
+    atomic::remove_file(&root.resolve(&name()?)?)?;
+    Ok(true)
+}
+
+/// [`RULES`] below the host's root.
+fn name() -> Result<HostPath, km_host::Error> {
+    HostPath::new(RULES).map_err(|error| {
+        let invalid = std::io::Error::new(std::io::ErrorKind::InvalidInput, error);
+        km_host::Error::io("name", RULES)(invalid)
+    })
 }
 
 #[cfg(test)]
@@ -104,5 +121,12 @@ mod tests {
         assert!(update(&root, &BTreeMap::from([(one, None)])).unwrap());
         assert!(!dir.path().join(&RULES[1..]).exists());
         assert!(!update(&root, &BTreeMap::from([(one, None)])).unwrap());
+
+        assert!(!remove(&root).unwrap());
+        assert!(update(&root, &set(two, "a")).unwrap());
+        assert!(remove(&root).unwrap() && !remove(&root).unwrap());
+        // Somebody else's file by that name stays.
+        std::fs::write(dir.path().join(&RULES[1..]), "# mine\n").unwrap();
+        assert!(!remove(&root).unwrap());
     }
 }

@@ -6,6 +6,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
+use super::shape::Kernel;
 use crate::cpio;
 
 const REPOSITORY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
@@ -75,10 +76,13 @@ fn units() -> [(&'static str, String, Option<&'static str>); 4] {
     ]
 }
 
-/// The folder that `hack/node-image` has made.
+/// The folder that `hack/node-image` has made, and the kernel.
 #[derive(Clone, Debug)]
 pub struct Image {
     folder: PathBuf,
+    kernel: PathBuf,
+    /// Whether the kernel has modules, so that some must be loaded before the disk is there.
+    modular: bool,
 }
 
 impl Image {
@@ -87,34 +91,42 @@ impl Image {
     /// # Errors
     /// When `hack/node-image` fails; it has said why on standard error.
     pub fn make() -> Result<()> {
-        let script = Path::new(REPOSITORY).join("hack/node-image");
-        let output = Command::new(&script)
-            .stderr(std::process::Stdio::inherit())
-            .output()
-            .with_context(|| format!("start {}", script.display()))?;
-        ensure!(
-            output.status.success(),
-            "{} failed ({}); its reason is above",
-            script.display(),
-            output.status
-        );
-        Ok(())
+        run("hack/node-image")
     }
 
-    /// The image that lies in a folder of parts.
+    /// Builds the kernel with iommufd, as [`Self::make`] does the rest.
+    ///
+    /// # Errors
+    /// When `hack/node-kernel-iommufd` fails; it has said why on standard error.
+    pub fn make_iommufd_kernel() -> Result<()> {
+        run("hack/node-kernel-iommufd")
+    }
+
+    /// The image that lies in a folder of parts, with one of the kernels.
     ///
     /// # Errors
     /// When there is none.
-    pub fn at(parts: &Path) -> Result<Self> {
-        let folder = parts.join("node/current");
-        let folder = fs::canonicalize(&folder)
-            .with_context(|| format!("{}: make it with hack/node-image", folder.display()))?;
-        Ok(Self { folder })
+    pub fn at(parts: &Path, kernel: Kernel) -> Result<Self> {
+        let made = |name: &str, script: &str| {
+            let path = parts.join(name);
+            fs::canonicalize(&path)
+                .with_context(|| format!("{}: make it with {script}", path.display()))
+        };
+        let folder = made("node/current", "hack/node-image")?;
+        let kernel_folder = match kernel {
+            Kernel::Debian => folder.clone(),
+            Kernel::Iommufd => made("node-iommufd/current", "hack/node-kernel-iommufd")?,
+        };
+        Ok(Self {
+            folder,
+            kernel: kernel_folder.join("vmlinuz"),
+            modular: kernel == Kernel::Debian,
+        })
     }
 
     /// The kernel.
     pub fn kernel(&self) -> PathBuf {
-        self.folder.join("vmlinuz")
+        self.kernel.clone()
     }
 
     /// The root file system.
@@ -137,6 +149,9 @@ impl Image {
             .file("bin/busybox", 0o755, &read(&self.folder.join("busybox"))?)
             .link("bin/sh", "busybox")
             .file("init", 0o755, INIT.as_bytes());
+        if !self.modular {
+            return write(to, archive);
+        }
         let modules = self.folder.join("modules");
         let mut paths: Vec<PathBuf> = fs::read_dir(&modules)
             .and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect())
@@ -147,8 +162,28 @@ impl Image {
             let name = format!("modules/{}", name.to_string_lossy());
             archive.file(&name, 0o644, &read(&path)?);
         }
-        fs::write(to, archive.finish()).with_context(|| format!("write {}", to.display()))
+        write(to, archive)
     }
+}
+
+fn write(to: &Path, archive: cpio::Archive) -> Result<()> {
+    fs::write(to, archive.finish()).with_context(|| format!("write {}", to.display()))
+}
+
+/// Runs a script that makes a part, with its progress on standard error.
+fn run(script: &str) -> Result<()> {
+    let script = Path::new(REPOSITORY).join(script);
+    let output = Command::new(&script)
+        .stderr(std::process::Stdio::inherit())
+        .output()
+        .with_context(|| format!("start {}", script.display()))?;
+    ensure!(
+        output.status.success(),
+        "{} failed ({}); its reason is above",
+        script.display(),
+        output.status
+    );
+    Ok(())
 }
 
 /// What the tests bring into the node: programs in `/usr/local/bin`, the agent among them, and files.

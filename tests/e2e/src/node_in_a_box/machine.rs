@@ -66,9 +66,10 @@ fn kernel_command_line(shape: &Shape, console: Console<'_>) -> String {
         Console::Terminal => " systemd.wants=shell@ttyS0.service",
     };
     // mitigations=off and no5lvl spare a software processor what it does slowest. Without no_timer_check the kernel counts ticks
-    // against a clock that goes on while a busy machine does not run the processor, and panics.
+    // against a clock that goes on while a busy machine does not run the processor, and panics. A kernel that panics stands still,
+    // with its reason on the console.
     format!(
-        "console=ttyS0 quiet panic=-1 net.ifnames=0 mitigations=off no5lvl no_timer_check systemd.show_status=no{iommu}{unit}"
+        "console=ttyS0 quiet panic=0 audit=0 net.ifnames=0 mitigations=off no5lvl no_timer_check systemd.show_status=no{iommu}{unit}"
     )
 }
 
@@ -116,7 +117,7 @@ impl Arguments {
     }
 
     fn basics(&mut self, files: &Files<'_>, console: Console<'_>) {
-        for flag in ["-nodefaults", "-nographic", "-no-reboot"] {
+        for flag in ["-nodefaults", "-nographic"] {
             self.0.push(flag.to_owned());
         }
         self.two("-vga", "none");

@@ -35,16 +35,19 @@ use crate::process::{self, Daemon, Finished};
 /// The groups of parts that a node needs, beside those of `hack/node-image`.
 pub const PARTS: &[&str] = &["qemu", "tools"];
 
-/// The longest that a boot may take up to the agent's first word: a quiet machine needs a tenth of it.
-const BOOT: Duration = Duration::from_secs(180);
+/// The longest that a boot may take up to the agent's first word. A quiet machine needs a twentieth of it, and one whose processors
+/// others use as much as a half.
+const BOOT: Duration = Duration::from_secs(400);
 
 /// Time that a program in the node is given unless the caller says otherwise.
-const DEADLINE: Duration = Duration::from_secs(120);
+const DEADLINE: Duration = Duration::from_secs(240);
 
 /// A running node. Dropping it switches it off.
 #[derive(Debug)]
 pub struct Node {
     shape: Shape,
+    /// What it is called in the output: its folder's name.
+    label: String,
     // In this order: the machine goes before its devices do.
     qemu: Daemon,
     emulator: Emulator,
@@ -72,14 +75,14 @@ struct Prepared {
 }
 
 impl Prepared {
-    fn new(parts: &Parts, payload: &Payload, folder: &Path) -> Result<Self> {
+    fn new(parts: &Parts, shape: &Shape, payload: &Payload, folder: &Path) -> Result<Self> {
         let prepared = Self {
             folder: folder.to_owned(),
             initrd: folder.join("initrd"),
             payload: folder.join("payload.tar"),
             agent: folder.join("agent.sock"),
             containerd: folder.join("containerd.sock"),
-            image: Image::at(parts.dir())?,
+            image: Image::at(parts.dir(), shape.kernel)?,
         };
         prepared.image.write_initrd(&prepared.initrd)?;
         payload.write(&prepared.payload)?;
@@ -109,7 +112,7 @@ impl Node {
     /// When it does not come up; carries the console.
     pub fn boot(parts: &Parts, shape: &Shape, payload: &Payload, folder: &Path) -> Result<Self> {
         let started = Instant::now();
-        let prepared = Prepared::new(parts, payload, folder)?;
+        let prepared = Prepared::new(parts, shape, payload, folder)?;
         let emulator = Emulator::start(&image::beside("gpu-emulator")?, shape, folder)?;
         let console = folder.join("console");
         let mut command = prepared.command(parts, shape, Console::File(&console));
@@ -122,8 +125,10 @@ impl Node {
                 process::tail(&console, 40)
             )
         })?;
+        let label = folder.file_name().unwrap_or_default().to_string_lossy();
         let mut node = Self {
             shape: shape.clone(),
+            label: label.into_owned(),
             qemu,
             emulator,
             channel,
@@ -147,6 +152,20 @@ impl Node {
         bail!(self.shell("systemctl --failed --no-pager; systemctl list-jobs --no-pager")?)
     }
 
+    /// Restarts the node, as an administrator does, and waits until it is up again. Its disk stays as it is.
+    ///
+    /// # Errors
+    /// When it does not come up; carries the console.
+    pub fn reboot(&mut self) -> Result<()> {
+        self.run(&["/usr/bin/systemctl", "--no-block", "reboot"])?
+            .success()?;
+        ready(&mut self.qemu, &mut self.channel).with_context(|| {
+            let console = process::tail(&self.console, 40);
+            format!("the console ends with:\n{console}")
+        })?;
+        self.settled()
+    }
+
     /// Boots a node with its console on this terminal, and waits until it is switched off.
     ///
     /// # Errors
@@ -157,7 +176,7 @@ impl Node {
         payload: &Payload,
         folder: &Path,
     ) -> Result<()> {
-        let prepared = Prepared::new(parts, payload, folder)?;
+        let prepared = Prepared::new(parts, shape, payload, folder)?;
         let _emulator = Emulator::start(&image::beside("gpu-emulator")?, shape, folder)?;
         let status = prepared
             .command(parts, shape, Console::Terminal)
@@ -189,9 +208,10 @@ impl Node {
                 Ok(value)
             }
             Err(error) => Err(error).with_context(|| {
+                self.report(&format!("{what}: FAILED"), started);
                 format!(
                     "step {what:?} on {}, {:.1} s after its start; its console ends with:\n{}",
-                    self.shape.name,
+                    self.label,
                     self.started.elapsed().as_secs_f64(),
                     process::tail(&self.console, 15)
                 )
@@ -211,13 +231,13 @@ impl Node {
 
     fn line(&self, text: &str) {
         // Nobody to tell is no failure.
-        let _ = writeln!(std::io::stderr(), "{:>12}  {text}", self.shape.name);
+        let _ = writeln!(std::io::stderr(), "{:>12}  {text}", self.label);
     }
 
     /// Runs a program to its end; its exit code is the caller's to judge.
     ///
     /// # Errors
-    /// When it cannot be started or takes longer than two minutes, or the node is gone.
+    /// When it cannot be started or takes longer than four minutes, or the node is gone.
     pub fn run(&mut self, argv: &[&str]) -> Result<Finished> {
         self.run_for(argv, DEADLINE)
     }
@@ -344,16 +364,22 @@ impl Node {
 }
 
 fn connect(qemu: &mut Daemon, socket: &Path) -> Result<Channel> {
-    let started = Instant::now();
     let mut channel = crate::wait::until("QEMU's agent socket", Duration::from_secs(30), || {
         qemu.still_runs()?;
         Channel::connect(socket)
     })?;
+    ready(qemu, &mut channel)?;
+    Ok(channel)
+}
+
+/// Waits for the agent's first word after a boot.
+fn ready(qemu: &mut Daemon, channel: &mut Channel) -> Result<()> {
+    let started = Instant::now();
     while channel.ready(Duration::from_secs(1))?.is_none() {
         qemu.still_runs()?;
         if started.elapsed() > BOOT {
             bail!("the agent did not answer within {BOOT:?}");
         }
     }
-    Ok(channel)
+    Ok(())
 }

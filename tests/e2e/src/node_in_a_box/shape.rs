@@ -27,6 +27,9 @@ pub struct Shape {
     pub memory: Size,
     /// Processors.
     pub cpus: u8,
+    /// The kernel that it runs.
+    #[serde(default)]
+    pub kernel: Kernel,
     /// Whether there is an IOMMU.
     #[serde(default = "yes")]
     pub iommu: bool,
@@ -35,6 +38,17 @@ pub struct Shape {
     pub numa_nodes: u8,
     /// PCI Express root ports.
     pub ports: Vec<Port>,
+}
+
+/// A node's kernel.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kernel {
+    /// Debian's, with modules and without iommufd.
+    #[default]
+    Debian,
+    /// The one of `hack/node-kernel-iommufd`, without modules.
+    Iommufd,
 }
 
 /// A root port: either a device's functions or a PCI Express switch is behind it.

@@ -19,26 +19,57 @@ for library in $(ldd /usr/local/bin/kata-manager | grep -o '/[^ ]*' || true); do
 done
 ";
 
-/// Runs kata-manager in a container of its own: privileged, in its own mount, process and IPC namespaces.
+/// Where the container's description lies.
+const BUNDLE: &str = "/run/bundle";
+
+/// What `privileged: true` gives, as far as kata-manager needs any of it.
+const CAPABILITIES: &[&str] = &[
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_FOWNER",
+    "CAP_FSETID",
+    "CAP_SYS_ADMIN",
+    "CAP_SYS_CHROOT",
+    "CAP_SYS_MODULE",
+    "CAP_SYS_PTRACE",
+];
+
+/// The container, as a DaemonSet's pod has it: namespaces of its own for mounts, processes and IPC, and these mounts. runc runs
+/// it, for `ctr` would end with the containerd that is restarted.
+fn description(words: &[&str]) -> serde_json::Value {
+    let program: &[&str] = &["/usr/local/bin/kata-manager", "--host-root", "/host"];
+    let bind = |from: &str, to: &str, options: &[&str]| serde_json::json!({ "type": "bind", "source": from, "destination": to, "options": options });
+    let args = [program, words].concat();
+    let namespaces = ["pid", "mount", "ipc", "uts"].map(|name| serde_json::json!({ "type": name }));
+    serde_json::json!({
+        "ociVersion": "1.0.2",
+        "hostname": "kata-manager",
+        "process": {
+            "user": { "uid": 0, "gid": 0 },
+            "args": args,
+            "cwd": "/",
+            "capabilities": {
+                "bounding": CAPABILITIES, "effective": CAPABILITIES, "permitted": CAPABILITIES,
+            },
+        },
+        "root": { "path": "/run/container" },
+        "mounts": [
+            { "type": "proc", "source": "proc", "destination": "/proc" },
+            bind("/", "/host", &["rbind", "rslave"]),
+            bind("/etc/kata-manager", "/etc/kata-manager", &["rbind", "ro"]),
+        ],
+        "linux": {
+            "namespaces": namespaces,
+            "resources": { "devices": [{ "allow": true, "access": "rwm" }] },
+        },
+    })
+}
+
+/// Runs kata-manager in the container to its end.
 fn contained(node: &mut Node, words: &[&str], code: i32) -> Result<Finished> {
-    let before = [
-        "/usr/bin/ctr",
-        "run",
-        "--rm",
-        "--privileged",
-        "--net-host",
-        "--rootfs",
-        "--mount",
-        "type=bind,src=/,dst=/host,options=rbind:rslave:rw",
-        "--mount",
-        "type=bind,src=/etc/kata-manager,dst=/etc/kata-manager,options=rbind:ro",
-        "/run/container",
-        "kata-manager",
-        "/usr/local/bin/kata-manager",
-        "--host-root",
-        "/host",
-    ];
-    let finished = node.run(&[&before, words].concat())?;
+    let config = serde_json::to_vec(&description(words))?;
+    node.put(&format!("{BUNDLE}/config.json"), 0o644, &config)?;
+    let finished = node.run(&["/usr/sbin/runc", "run", "--bundle", BUNDLE, "kata-manager"])?;
     ensure!(
         finished.code() == Some(code),
         "in a container, kata-manager {}: expected exit code {code}; it {finished}",

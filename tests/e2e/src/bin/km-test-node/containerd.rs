@@ -31,7 +31,7 @@ pub(crate) const ARTIFACTS: &str = "/opt/nvidia-gpu-operator/artifacts/runtimecl
 const DROP_IN: &str = "/etc/systemd/system/containerd.service.d/test.conf";
 
 /// How long containerd's CRI may take to answer.
-const UP: Duration = Duration::from_secs(60);
+const UP: Duration = Duration::from_secs(240);
 
 /// What every step looks at.
 pub(crate) struct Whole {

@@ -45,8 +45,8 @@ pub(crate) fn bind_all(node: &mut Node) -> Result<()> {
 pub(crate) fn unbind_all(node: &mut Node) -> Result<()> {
     node.kata_manager(&["devices", "unbind", "--all"], 0)?;
     Listed::of(node)?.all_on(None, false)?;
-    let left = node.shell("ls /dev/vfio")?;
-    ensure!(left.trim() == "vfio", "/dev/vfio still holds {left:?}");
+    let left = node.shell("find /dev/vfio -type c")?;
+    ensure!(left.trim() == "/dev/vfio/vfio", "there is still {left:?}");
     let again = node.kata_manager(&["devices", "unbind", "--all"], 0)?;
     ensure!(again.stdout.starts_with("Nothing to do"), "it {again}");
     Ok(())
@@ -224,6 +224,25 @@ pub(crate) fn modprobe_counts(node: &mut Node, name: &str) -> Result<()> {
     // The other functions are to sleep, as they do by default.
     node.shell(&format!("rm {FILE}; modprobe -r vfio-pci"))?;
     Ok(())
+}
+
+/// After a reboot the function and all of its group are with VFIO again, and the others are as they were.
+pub(crate) fn over_a_reboot(node: &mut Node, name: &str) -> Result<()> {
+    let address = node.address(name)?;
+    node.kata_manager(&["devices", "bind", "--persist", &address], 0)?;
+    let before = node.shell("cat /proc/sys/kernel/random/boot_id")?;
+    node.reboot()?;
+    let after = node.shell("cat /proc/sys/kernel/random/boot_id; udevadm settle")?;
+    ensure!(before != after, "it has not been restarted");
+    let listed = Listed::of(node)?;
+    listed.is_the_shape(node)?;
+    let group = listed.at(&address)?.iommu_group;
+    for device in &listed.devices {
+        let wanted = (device.iommu_group == group).then_some(VFIO);
+        ensure!(device.driver.as_deref() == wanted, "{device:?}");
+    }
+    node.kata_manager(&["devices", "unbind", "--all"], 0)?;
+    Listed::of(node)?.all_on(None, false)
 }
 
 /// A binding that was asked to last comes back when the function does, by udev, and goes with an unbind.

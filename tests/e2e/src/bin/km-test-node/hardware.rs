@@ -12,6 +12,7 @@ use km_tests_e2e::sandbox::Sandbox;
 use km_tests_e2e::suite::Test;
 use km_tests_e2e::wait;
 
+use crate::nested::Way;
 use crate::shown::Listed;
 use crate::{devices, doctor, nested, specs};
 
@@ -19,19 +20,16 @@ use crate::{devices, doctor, nested, specs};
 pub(crate) const TESTS: &[Test] = &[
     ("one-gpu", one_gpu),
     ("two-models", two_models),
-    ("shared-group", |sandbox| {
-        let (mut node, names) = boot(sandbox, "shared-group")?;
-        common(&mut node, &names)
-    }),
+    ("shared-group", shared_group),
     ("eight-gpus", |sandbox| {
         let (mut node, names) = boot(sandbox, "eight-gpus")?;
-        common(&mut node, &names)
+        common(sandbox, &mut node, &names)
     }),
     ("no-iommu", no_iommu),
 ];
 
 /// Boots a shape, and holds the hardware against it. Gives the functions' names too.
-fn boot(sandbox: &Sandbox, name: &str) -> Result<(Node, Vec<String>)> {
+pub(crate) fn boot(sandbox: &Sandbox, name: &str) -> Result<(Node, Vec<String>)> {
     let shape = Shape::named(name)?;
     let folder = sandbox.folder(name)?;
     let mut payload = Payload::new()?;
@@ -47,7 +45,7 @@ fn boot(sandbox: &Sandbox, name: &str) -> Result<(Node, Vec<String>)> {
 }
 
 /// What every shape with an IOMMU can do.
-fn common(node: &mut Node, names: &[String]) -> Result<()> {
+fn common(sandbox: &Sandbox, node: &mut Node, names: &[String]) -> Result<()> {
     let first = &names[0];
     node.step("bind all", devices::bind_all)?;
     node.step("CDI specs follow", specs::follow)?;
@@ -58,7 +56,18 @@ fn common(node: &mut Node, names: &[String]) -> Result<()> {
         devices::held_group(node, first)
     })?;
     node.step("reset reaches the device", |node| reset(node, first))?;
+    node.step("a guest's files", |node| {
+        nested::prepare(node, sandbox.parts())
+    })?;
+    node.step("a guest sees the device", |node| {
+        nested::guest(node, Way::Group, first)
+    })?;
     node.step("remove and rescan", |node| remove_and_rescan(node, first))?;
+    node.step("bind what came back", |node| {
+        let address = node.address(first)?;
+        node.kata_manager(&["devices", "bind", &address], 0)?;
+        Listed::of(node)?.all_on(Some(devices::VFIO), true)
+    })?;
     node.step("unbind all", devices::unbind_all)?;
     node.step("CDI specs are gone", specs::are_gone)
 }
@@ -82,17 +91,24 @@ fn one_gpu(sandbox: &Sandbox) -> Result<()> {
     })?;
     node.step("bind all", devices::bind_all)?;
     node.step("a held device is refused", |node| {
-        devices::held_device(node, first)
+        devices::held_device(node, first)?;
+        devices::unbind_all(node)
     })?;
-    node.step("a guest's files", |node| {
-        nested::prepare(node, sandbox.parts())
-    })?;
+    common(sandbox, node, &names)?;
     node.step("a device of a virtual machine is refused", |node| {
-        nested::held(node, first)
-    })?;
-    node.step("a guest sees the device", |node| nested::guest(node, first))?;
-    node.step("unbind all", devices::unbind_all)?;
-    common(node, &names)
+        devices::bind_all(node)?;
+        nested::held(node, Way::Group, first)?;
+        devices::unbind_all(node)
+    })
+}
+
+fn shared_group(sandbox: &Sandbox) -> Result<()> {
+    let (mut node, names) = boot(sandbox, "shared-group")?;
+    let node = &mut node;
+    common(sandbox, node, &names)?;
+    node.step("a binding that lasts over a reboot", |node| {
+        devices::over_a_reboot(node, &names[0])
+    })
 }
 
 fn two_models(sandbox: &Sandbox) -> Result<()> {
@@ -101,12 +117,15 @@ fn two_models(sandbox: &Sandbox) -> Result<()> {
     node.step("from a driver of the host and back", |node| {
         devices::from_a_host_driver(node, &names)
     })?;
-    common(node, &names)
+    common(sandbox, node, &names)
 }
 
 fn no_iommu(sandbox: &Sandbox) -> Result<()> {
-    let (mut node, _) = boot(sandbox, "no-iommu")?;
-    node.step("bind is refused", devices::no_iommu)
+    let (mut node, names) = boot(sandbox, "no-iommu")?;
+    let first = &names[0];
+    node.step("bind is refused", devices::no_iommu)?;
+    node.step("reset reaches the device", |node| reset(node, first))?;
+    node.step("remove and rescan", |node| remove_and_rescan(node, first))
 }
 
 fn hardware(node: &mut Node) -> Result<()> {
@@ -115,7 +134,7 @@ fn hardware(node: &mut Node) -> Result<()> {
 }
 
 fn containerd(node: &mut Node) -> Result<()> {
-    wait::until("containerd", Duration::from_secs(60), || {
+    wait::until("containerd", Duration::from_secs(240), || {
         let said = node.run(&["/usr/bin/ctr", "version"])?.success()?.stdout;
         ensure!(
             said.contains("Version:  2."),
@@ -160,8 +179,7 @@ fn remove_and_rescan(node: &mut Node, name: &str) -> Result<()> {
     listed.is_the_shape(node)?;
     let driver = &listed.at(&address)?.driver;
     ensure!(driver.is_none(), "it came back with {driver:?}");
-    node.kata_manager(&["devices", "bind", &address], 0)?;
-    Listed::of(node)?.all_on(Some(devices::VFIO), true)
+    Ok(())
 }
 
 fn dead(node: &mut Node, name: &str) -> Result<()> {

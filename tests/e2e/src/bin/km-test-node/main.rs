@@ -1,6 +1,8 @@
 //! The tests that need a GPU node: one boot a shape, each in steps with their times. `cargo run -p km-tests-e2e --bin km-test-node
 //! -- [FILTER]`.
 //!
+//! With `KM_NODE_IOMMUFD` set it is the one test that needs a kernel with iommufd, which is then built.
+//!
 //! They need root. What a machine cannot run is reported as ignored, with the reason; set `KM_E2E_REQUIRE=1` where that must
 //! count as a failure.
 
@@ -9,6 +11,7 @@ mod containerd;
 mod devices;
 mod doctor;
 mod hardware;
+mod iommufd;
 mod nested;
 mod shown;
 mod specs;
@@ -16,7 +19,7 @@ mod verity;
 
 use std::process::ExitCode;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, ensure};
 use km_tests_e2e::node_in_a_box::PARTS;
 use km_tests_e2e::node_in_a_box::image::Image;
 use km_tests_e2e::sandbox::{self, Entered};
@@ -25,29 +28,49 @@ use libtest_mimic::{Arguments, Trial};
 
 fn main() -> Result<ExitCode> {
     let mut arguments = Arguments::from_args();
-    let sandbox = if arguments.list {
-        Err("only listed".to_owned())
-    } else {
-        // Without root nothing can be made, and the sandbox says so.
-        if !sandbox::is_inside() && rustix::process::geteuid().is_root() {
-            Image::make()?;
-        }
-        match sandbox::enter(PARTS)? {
-            Entered::Left(code) => return Ok(code),
-            Entered::Inside(sandbox) => Ok(sandbox),
-            Entered::Unavailable(reason) if std::env::var_os("KM_E2E_REQUIRE").is_some() => {
-                bail!("this machine cannot run the node tests: {reason}")
-            }
-            Entered::Unavailable(reason) => Err(reason),
+    let iommufd = std::env::var_os("KM_NODE_IOMMUFD").is_some();
+    let entered = match arguments.list {
+        true => Entered::Unavailable("only listed".to_owned()),
+        false => enter(iommufd)?,
+    };
+    let sandbox = match entered {
+        Entered::Left(code) => return Ok(code),
+        Entered::Inside(sandbox) => Ok(sandbox),
+        Entered::Unavailable(reason) => {
+            let required = std::env::var_os("KM_E2E_REQUIRE").is_some() && !arguments.list;
+            ensure!(
+                !required,
+                "this machine cannot run the node tests: {reason}"
+            );
+            Err(reason)
         }
     };
-    // A node keeps two processors busy by itself.
-    arguments.test_threads = Some(1);
-    let trial = |subject| move |test: &suite::Test| (subject, *test);
-    let tests = hardware::TESTS.iter().map(trial("shapes"));
-    let tests = tests.chain(containerd::TESTS.iter().map(trial("node")));
-    let trials: Vec<Trial> = tests
+    // A node has two processors, and keeps one of ours busy: two at a time are quicker than one after the other.
+    arguments.test_threads.get_or_insert(2);
+    let subjects: &[(&str, &[suite::Test])] = match iommufd {
+        true => &[("shapes", iommufd::TESTS)],
+        false => &[("shapes", hardware::TESTS), ("node", containerd::TESTS)],
+    };
+    let all = subjects
+        .iter()
+        .flat_map(|(subject, tests)| tests.iter().map(move |test| (*subject, *test)));
+    let trials: Vec<Trial> = all
         .map(|(subject, test)| suite::trial(subject, test, &sandbox))
         .collect();
     Ok(libtest_mimic::run(&arguments, trials).exit_code())
+}
+
+/// Makes what a node boots from, where this machine can, and enters the sandbox.
+fn enter(iommufd: bool) -> Result<Entered> {
+    // Without root nothing can be made, and the sandbox says so.
+    if !sandbox::is_inside() && rustix::process::geteuid().is_root() {
+        let kernel = || match iommufd {
+            true => Image::make_iommufd_kernel(),
+            false => Ok(()),
+        };
+        if let Err(reason) = Image::make().and_then(|()| kernel()) {
+            return Ok(Entered::Unavailable(format!("{reason:#}")));
+        }
+    }
+    sandbox::enter(PARTS)
 }

@@ -32,6 +32,8 @@ pub(crate) struct Device {
     bars: Vec<Bar>,
     reset_methods: Vec<String>,
     pub(crate) dead: bool,
+    pub(crate) vfio_device: Option<String>,
+    pub(crate) cdev: bool,
     pub(crate) holders: Vec<Holder>,
 }
 
