@@ -28,6 +28,7 @@ cli: build
 # First each containerd's reading of prepared configurations, then whole nodes.
 e2e: build
 	hack/dumps
+	cargo build --quiet --locked -p km-kubelet-stand-in
 	KM_BIN=$(KM) cargo run --quiet --locked -p km-tests-e2e --bin km-tests-e2e
 
 # Each fuzz target for a few seconds; SECONDS_EACH=600 for longer.
@@ -66,7 +67,7 @@ test-node-iommufd: build box
 
 .PHONY: box
 box:
-	cargo build --quiet --locked -p km-gpu-emulator -p km-node-agent
+	cargo build --quiet --locked -p km-gpu-emulator -p km-kubelet-stand-in -p km-node-agent
 
 clean:
 	cargo clean

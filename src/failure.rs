@@ -122,6 +122,12 @@ fn kind_of(error: &(dyn std::error::Error + 'static)) -> Option<Kind> {
             false => Kind::Device,
         });
     }
+    if let Some(error) = error.downcast_ref::<km_plugin::Error>() {
+        return Some(match error.is_refusal() {
+            true => Kind::Refused,
+            false => Kind::Host,
+        });
+    }
     if error.is::<km_host::Error>() || error.is::<km_host::command::CommandError>() {
         return Some(Kind::Host);
     }

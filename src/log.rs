@@ -39,7 +39,8 @@ where
 
 /// Begins to write; the first call counts.
 pub(crate) fn start(level: Level) {
-    let ours = format!("off,kata_manager={level},km_artifacts={level},km_host={level}");
+    let ours =
+        format!("off,kata_manager={level},km_artifacts={level},km_host={level},km_plugin={level}");
     let filter = tracing_subscriber::EnvFilter::new(ours);
     let lines = tracing_subscriber::fmt::layer()
         .event_format(Lines)

@@ -65,13 +65,18 @@ impl Settings {
         })
     }
 
+    /// Which nodes give a device to a virtual machine; `None` where that is the host's to say.
+    pub(crate) fn backend(&self) -> Option<Backend> {
+        match self.backend {
+            config::Backend::Auto => None,
+            config::Backend::Group => Some(Backend::Group),
+            config::Backend::Iommufd => Some(Backend::IommufdOnly),
+        }
+    }
+
     /// The devices of a host that these settings and its nodes make.
     pub(crate) fn find(&self, root: &Root, inventory: &Inventory) -> Found {
-        let backend = match self.backend {
-            config::Backend::Auto => Backend::observe(root),
-            config::Backend::Group => Backend::Group,
-            config::Backend::Iommufd => Backend::IommufdOnly,
-        };
+        let backend = self.backend().unwrap_or_else(|| Backend::observe(root));
         devices::find(inventory, &self.naming, backend)
     }
 }

@@ -12,6 +12,7 @@ mod targets {
     pub(crate) mod index;
     pub(crate) mod kata_configuration;
     pub(crate) mod manifest;
+    pub(crate) mod plugin;
     pub(crate) mod reference;
     pub(crate) mod signatures;
     pub(crate) mod sysfs;
@@ -35,6 +36,7 @@ const TARGETS: &[(&str, Target)] = &[
     ("index", targets::index::run),
     ("kata_configuration", targets::kata_configuration::run),
     ("manifest", targets::manifest::run),
+    ("plugin", targets::plugin::run),
     ("reference", targets::reference::run),
     ("signatures", targets::signatures::run),
     ("sysfs", targets::sysfs::run),

@@ -5,6 +5,7 @@ mod artifacts;
 mod cdi;
 mod config;
 mod containerd;
+mod device_plugin;
 mod devices;
 mod doctor;
 mod plan;
@@ -20,7 +21,8 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use clap::{CommandFactory as _, Parser, Subcommand};
+use clap::parser::ValueSource;
+use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 
 use crate::failure::{self, Kind};
 use crate::log;
@@ -156,6 +158,8 @@ enum Command {
     Cdi(cdi::Command),
     /// Say what keeps this host from passing GPUs through, and what to do.
     Doctor(doctor::Arguments),
+    /// Offer GPUs and NVSwitches that VFIO has to the kubelet, as its device plugin, until SIGTERM.
+    DevicePlugin(device_plugin::Arguments),
     /// Draw the PCI tree with GPUs, switches, IOMMU groups, NUMA nodes, drivers and users; or the one that a guest will have.
     Topology(topology::Arguments),
     /// Print Kubernetes RuntimeClass objects.
@@ -173,8 +177,14 @@ enum Command {
 
 /// Runs the program and gives its exit code.
 pub(crate) fn run(arguments: Vec<OsString>) -> ExitCode {
-    let cli = match Cli::try_parse_from(arguments) {
-        Ok(cli) => cli,
+    let parsed = Cli::command()
+        .try_get_matches_from(arguments)
+        .and_then(|matches| {
+            let told = matches.value_source("log") != Some(ValueSource::DefaultValue);
+            Ok((Cli::from_arg_matches(&matches)?, told))
+        });
+    let (cli, told) = match parsed {
+        Ok(parsed) => parsed,
         Err(error) => {
             let code = if error.use_stderr() {
                 Kind::Configuration as u8
@@ -187,8 +197,13 @@ pub(crate) fn run(arguments: Vec<OsString>) -> ExitCode {
         }
     };
     let format = cli.global.output;
-    log::start(cli.global.log);
-    match runtime().and_then(|runtime| runtime.block_on(dispatch(cli))) {
+    // What runs for long says what it does.
+    let level = match &cli.command {
+        Command::DevicePlugin(_) if !told => tracing::Level::INFO,
+        _ => cli.global.log,
+    };
+    log::start(level);
+    match runtime(&cli.command).and_then(|runtime| runtime.block_on(dispatch(cli))) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
             output::error(format, &error);
@@ -197,9 +212,13 @@ pub(crate) fn run(arguments: Vec<OsString>) -> ExitCode {
     }
 }
 
-/// Two workers: one for each CPU would reserve hundreds of megabytes on a GPU server.
-fn runtime() -> Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_multi_thread()
+/// Two workers: one for each CPU would reserve hundreds of megabytes on a GPU server. None for the plugin, which mostly waits.
+fn runtime(command: &Command) -> Result<tokio::runtime::Runtime> {
+    let mut builder = match command {
+        Command::DevicePlugin(_) => tokio::runtime::Builder::new_current_thread(),
+        _ => tokio::runtime::Builder::new_multi_thread(),
+    };
+    builder
         .worker_threads(2)
         .enable_all()
         .build()
@@ -219,6 +238,7 @@ async fn dispatch(cli: Cli) -> Result<u8> {
         Command::Devices(command) => devices::run(global, &command)?,
         Command::Cdi(command) => cdi::run(global, &command).await?,
         Command::Doctor(arguments) => doctor::run(global, &arguments).await?,
+        Command::DevicePlugin(arguments) => device_plugin::run(global, &arguments).await?,
         Command::Topology(arguments) => topology::run(global, &arguments).await?,
         Command::Runtimeclasses(command) => runtimeclasses::run(global, &command)?,
         Command::Config(command) => config::run(global, &command)?,

@@ -163,6 +163,7 @@ fn help_of_each_command() {
         &["cdi", "list"],
         &["cdi", "validate"],
         &["doctor"],
+        &["device-plugin"],
         &["topology"],
         &["config"],
         &["config", "schema"],

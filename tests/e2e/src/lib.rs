@@ -10,6 +10,7 @@
 //! - [`upload`]: an artifact in a registry, of whatever layers, without the product's own pushing.
 //! - [`guest`], [`cpio`], [`provider`], [`qemu`]: a small real guest, a Kata prefix to run it with, and its boot.
 //! - [`suite`]: tests that pass, fail, or say why this machine cannot run them.
+//! - [`kubelet`]: a stand-in for the kubelet, as a process.
 //! - [`node_in_a_box`]: a virtual machine with emulated GPUs, for what needs a whole node of its own.
 //! - [`km`], [`tracer`]: the kata-manager binary under test, also killed at a state change of our choice, or with a system call
 //!   that goes wrong.
@@ -29,6 +30,7 @@ pub mod guest;
 pub mod http;
 pub mod images;
 pub mod km;
+pub mod kubelet;
 pub mod node_in_a_box;
 pub mod parts;
 pub mod process;

@@ -46,6 +46,7 @@ fn main() -> Result<ExitCode> {
         ("hostile", tests::hostile::TESTS),
         ("others", tests::others::TESTS),
         ("image", tests::image::TESTS),
+        ("plugin", tests::plugin::TESTS),
         ("registries", tests::registries::TESTS),
         ("transfer", tests::transfer::TESTS),
         ("trust", tests::trust::TESTS),

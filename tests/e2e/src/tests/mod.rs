@@ -14,6 +14,7 @@ pub(crate) mod lifecycle;
 pub(crate) mod lock;
 mod node;
 pub(crate) mod others;
+pub(crate) mod plugin;
 pub(crate) mod registries;
 pub(crate) mod transfer;
 pub(crate) mod trust;

@@ -1,5 +1,5 @@
 //! Measures kata-manager against other programs that do the same work, and against what the machine can do.
-//! `hack/bench artifacts` runs it; see docs/src/performance.md.
+//! `hack/bench artifacts` and `hack/bench plugin` run it; see docs/src/performance.md.
 //!
 //! It needs root; everything happens in namespaces and a work folder that are gone afterwards.
 
@@ -11,6 +11,7 @@
 mod limits;
 mod measure;
 mod mix;
+mod plugin;
 mod relay;
 mod rows;
 mod site;
@@ -24,7 +25,7 @@ use km_tests_e2e::sandbox::{self, Entered};
 /// The groups of parts that it needs.
 const PARTS: &[&str] = &["containerd-1.7", "kernel", "oras", "skopeo", "tools"];
 
-const USAGE: &str = "hack/bench artifacts [--full] [--runs N] [ROW...]";
+const USAGE: &str = "hack/bench artifacts [--full] [--runs N] [ROW...] | hack/bench plugin";
 
 /// What is to be measured.
 #[derive(Clone, Debug)]
@@ -68,6 +69,9 @@ impl Arguments {
 }
 
 fn main() -> Result<ExitCode> {
+    if std::env::args().nth(1).as_deref() == Some("plugin") {
+        return plugin();
+    }
     let arguments = Arguments::parse(std::env::args().skip(1))?;
     match sandbox::enter(PARTS)? {
         Entered::Left(code) => Ok(code),
@@ -76,6 +80,17 @@ fn main() -> Result<ExitCode> {
             let site = site::Site::start(&sandbox, &arguments)?;
             let table = rows::measure(&sandbox, &site, &arguments)?;
             table.print();
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+fn plugin() -> Result<ExitCode> {
+    match sandbox::enter(&[])? {
+        Entered::Left(code) => Ok(code),
+        Entered::Unavailable(reason) => bail!("this machine cannot run the measurement: {reason}"),
+        Entered::Inside(sandbox) => {
+            plugin::measure(&sandbox)?.print();
             Ok(ExitCode::SUCCESS)
         }
     }

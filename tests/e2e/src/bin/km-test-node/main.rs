@@ -13,6 +13,7 @@ mod doctor;
 mod hardware;
 mod iommufd;
 mod nested;
+mod plugin;
 mod shown;
 mod specs;
 mod verity;

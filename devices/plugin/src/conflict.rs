@@ -1,0 +1,143 @@
+//! Who else serves a resource. A kubelet gives a resource to whoever registered last, so two plugins take it from each other for ever.
+
+use std::fmt;
+use std::os::unix::net::UnixStream;
+
+use km_cdi::names::Class;
+use km_host::Root;
+
+use crate::api;
+use crate::folder::Folder;
+
+/// How NVIDIA's Sandbox Device Plugin begins the names of its sockets.
+const NVIDIA: &str = "sandbox-";
+
+/// Another plugin that serves a resource.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Other {
+    /// Its socket, as the host sees it.
+    pub socket: String,
+    /// What is known of who listens there.
+    pub who: String,
+}
+
+impl fmt::Display for Other {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} at {}", self.who, self.socket)
+    }
+}
+
+/// The name of our socket for a class. With the kubelet's folder before it, even the longest class stays below the 108 bytes that a
+/// socket's path may have (unix(7)): the kubelet connects by that path.
+pub fn socket_name(class: &Class) -> String {
+    format!("km-{class}.sock")
+}
+
+/// Whether a socket's name is that of a plugin for a class: `<class>.sock`, or `<anything>-<class>.sock`, as NVIDIA's
+/// (`sandbox-pgpu.sock`) and KubeVirt's are.
+pub(crate) fn is_for(name: &str, class: &Class) -> bool {
+    let stem = name.strip_suffix(".sock");
+    let before = stem.and_then(|stem| stem.strip_suffix(class.as_str()));
+    before.is_some_and(|before| before.is_empty() || before.ends_with('-'))
+}
+
+/// Looks for another plugin that serves a class, and is alive. Our own socket counts when `ours` is false: then another process has it.
+pub(crate) fn find(root: &Root, folder: &Folder, class: &Class, ours: bool) -> Option<Other> {
+    let mine = socket_name(class);
+    let candidates = folder.sockets().into_iter().filter(|name| {
+        name != api::KUBELET_SOCKET && is_for(name, class) && !(ours && *name == mine)
+    });
+    candidates
+        .filter(|name| UnixStream::connect(folder.at(name)).is_ok())
+        .map(|name| Other {
+            who: describe(root, folder, &name, name == mine),
+            socket: folder.shown(&name),
+        })
+        .next()
+}
+
+fn describe(root: &Root, folder: &Folder, name: &str, mine: bool) -> String {
+    let what = match name {
+        _ if mine => "another kata-manager device-plugin",
+        name if name.starts_with(NVIDIA) => "NVIDIA's Sandbox Device Plugin",
+        _ => "another device plugin",
+    };
+    match km_host::process::socket_peer(root, &folder.at(name)) {
+        Ok(Some(process)) => match process.exe {
+            Some(exe) => format!("{what} (process {}, {})", process.pid, exe.display()),
+            None => format!("{what} (process {}, {})", process.pid, process.name),
+        },
+        // In another process namespace: its socket is all that is known.
+        Ok(None) | Err(_) => what.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use km_host::HostPath;
+
+    use super::*;
+
+    fn class(name: &str) -> Class {
+        Class::new(name).unwrap()
+    }
+
+    #[test]
+    fn sockets_are_told_by_their_names() {
+        let pgpu = class("pgpu");
+        for name in [
+            "sandbox-pgpu.sock",
+            "pgpu.sock",
+            "kubevirt-pgpu.sock",
+            "km-pgpu.sock",
+        ] {
+            assert!(is_for(name, &pgpu), "{name}");
+        }
+        for name in [
+            "kubelet.sock",
+            "sandbox-nvswitch.sock",
+            "vpgpu.sock",
+            "sandbox-pgpu",
+            "pgpu.socket",
+        ] {
+            assert!(!is_for(name, &pgpu), "{name}");
+        }
+        let longest = "x".repeat(63);
+        let path = format!(
+            "/var/lib/kubelet/device-plugins/{}",
+            socket_name(&class(&longest))
+        );
+        assert!(path.len() < 108, "{path}");
+    }
+
+    #[tokio::test]
+    async fn only_a_plugin_that_lives_is_in_the_way() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Root::new("/").unwrap();
+        let path = HostPath::new(dir.path().canonicalize().unwrap()).unwrap();
+        let folder = Folder::open(&root, &path).unwrap();
+        let pgpu = class("pgpu");
+        let theirs = UnixListener::bind(folder.at("sandbox-pgpu.sock")).unwrap();
+        let other = find(&root, &folder, &pgpu, true).unwrap();
+        let said = other.to_string();
+        let process = format!("process {}", std::process::id());
+        assert!(
+            said.starts_with("NVIDIA's Sandbox Device Plugin") && said.contains(&process),
+            "{said}"
+        );
+        assert!(said.ends_with("/sandbox-pgpu.sock"), "{said}");
+        assert_eq!(find(&root, &folder, &class("nvswitch"), true), None);
+        drop(theirs);
+        assert_eq!(
+            find(&root, &folder, &pgpu, true),
+            None,
+            "a socket that nobody serves"
+        );
+        let _mine = UnixListener::bind(folder.at("km-pgpu.sock")).unwrap();
+        assert_eq!(find(&root, &folder, &pgpu, true), None);
+        let other = find(&root, &folder, &pgpu, false).unwrap();
+        assert!(other.who.starts_with("another kata-manager"), "{other}");
+    }
+}

@@ -1,0 +1,422 @@
+//! The device plugin on prepared machines, towards a stand-in of the kubelet. A prepared machine raises no events of the kernel: what
+//! changes is seen by probes, within the same two seconds. The events are tested in the node in a box.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use km_tests_e2e::km::Km;
+use km_tests_e2e::kubelet::{Allocated, Kubelet, Resource};
+use km_tests_e2e::process::Daemon;
+use km_tests_e2e::sandbox::Sandbox;
+use km_tests_e2e::suite::Test;
+use km_tests_e2e::wait;
+use km_tests_sysfs::{Machine, shapes};
+use serde_json::json;
+
+use super::node::SOON;
+
+pub(crate) const TESTS: &[Test] = &[
+    ("lists_prefers_and_allocates", lists_prefers_and_allocates),
+    ("tells_the_truth_in_time", tells_the_truth_in_time),
+    ("comes_back_with_the_kubelet", comes_back_with_the_kubelet),
+    ("names_who_serves_already", names_who_serves_already),
+    ("one_server_for_each_resource", one_server_for_each_resource),
+    (
+        "nothing_is_left_of_reconnects",
+        nothing_is_left_of_reconnects,
+    ),
+];
+
+const GPUS: &str = "nvidia.com/pgpu";
+const SWITCHES: &str = "nvidia.com/nvswitch";
+
+/// How soon the kubelet must know.
+const IN_TIME: Duration = Duration::from_secs(2);
+
+/// A machine, a kubelet, and the plugin between them.
+struct Site {
+    machine: PathBuf,
+    kubelet: Kubelet,
+    plugin: Daemon,
+    log: PathBuf,
+}
+
+impl Site {
+    fn start(sandbox: &Sandbox, machine: &Machine, words: &[&str]) -> Result<Self> {
+        let folder = sandbox.folder("plugin")?;
+        write(machine, &folder)?;
+        let mut kubelet = Kubelet::new(&kubelet_dir(&folder), &folder.join("kubelet.log"))?;
+        kubelet.start()?;
+        let log = folder.join("plugin.log");
+        let plugin = Daemon::spawn("device-plugin", &mut command(&folder, words)?, &log)?;
+        Ok(Self {
+            machine: folder,
+            kubelet,
+            plugin,
+            log,
+        })
+    }
+
+    /// Waits until a resource is as it should be, for `deadline` from now.
+    fn until(
+        &mut self,
+        what: &str,
+        deadline: Duration,
+        name: &str,
+        is: impl Fn(&Resource) -> bool,
+    ) -> Result<Resource> {
+        let kubelet = &mut self.kubelet;
+        let plugin = &mut self.plugin;
+        let found = wait::until(what, deadline, || {
+            plugin.still_runs()?;
+            let resource = kubelet.resource(name)?;
+            ensure!(is(&resource), "it is {resource:?}");
+            Ok(resource)
+        });
+        found.with_context(|| format!("the plugin said:\n{}", self.plugin.log_tail()))
+    }
+
+    /// Waits for the first list.
+    fn listed(&mut self, name: &str, count: usize) -> Result<Resource> {
+        self.until("the first list", SOON, name, |one| {
+            one.connected && one.devices.len() == count
+        })
+    }
+
+    fn device(&self, address: &str) -> PathBuf {
+        self.machine.join("sys/bus/pci/devices").join(address)
+    }
+
+    /// That a device's health is told in time after a change.
+    fn told(&mut self, what: &str, address: &str, healthy: bool) -> Result<()> {
+        let started = Instant::now();
+        self.until(what, IN_TIME, GPUS, |one| {
+            one.devices
+                .iter()
+                .any(|device| device.id == address && device.healthy == healthy)
+        })?;
+        let took = started.elapsed();
+        ensure!(took < IN_TIME, "{what} was told after {took:?}");
+        Ok(())
+    }
+
+    fn said(&self) -> Result<String> {
+        Ok(fs::read_to_string(&self.log)?)
+    }
+}
+
+fn kubelet_dir(folder: &Path) -> PathBuf {
+    folder.join("var/lib/kubelet")
+}
+
+fn command(folder: &Path, words: &[&str]) -> Result<std::process::Command> {
+    let km = Km::find()?.env("KATA_MANAGER_HOST_ROOT", folder);
+    Ok(km.command(&[&["device-plugin"], words].concat()))
+}
+
+/// Writes a machine with plain files in the place of VFIO's nodes: the plugin looks whether they are there, and opens none.
+fn write(machine: &Machine, folder: &Path) -> Result<()> {
+    machine.write(folder);
+    let nodes = folder.join("dev/vfio");
+    fs::create_dir_all(&nodes)?;
+    fs::write(nodes.join("vfio"), "")?;
+    for device in machine
+        .devices
+        .iter()
+        .filter(|device| device.vfio.is_some())
+    {
+        if let Some(group) = device.group {
+            fs::write(nodes.join(group.to_string()), "")?;
+        }
+    }
+    Ok(())
+}
+
+fn lists_prefers_and_allocates(sandbox: &Sandbox) -> Result<()> {
+    let mut site = Site::start(sandbox, &shapes::eight_gpus(), &[])?;
+    let switches = site.listed(SWITCHES, 4)?;
+    ensure!(switches.healthy().len() == 4, "{switches:?}");
+    let gpus = site.listed(GPUS, 8)?;
+    ensure!(gpus.endpoint == "km-pgpu.sock" && gpus.prefers, "{gpus:?}");
+    let numa: Vec<i64> = gpus
+        .devices
+        .iter()
+        .flat_map(|gpu| gpu.numa.clone())
+        .collect();
+    ensure!(numa == [0, 0, 0, 0, 1, 1, 1, 1], "{gpus:?}");
+    let ids: Vec<String> = gpus.devices.iter().map(|gpu| gpu.id.clone()).collect();
+    // Two a switch, four a node.
+    ensure!(site.kubelet.prefer(GPUS, 2)? == ids[..2]);
+    ensure!(site.kubelet.prefer(GPUS, 4)? == ids[..4]);
+    let spec = fs::read_to_string(site.machine.join("var/run/cdi/nvidia.com-pgpu.yaml"))?;
+    let first = site.kubelet.allocate(GPUS, "first", &[], 2)?;
+    ensure!(first.ids == ids[..2], "{first:?}");
+    for (id, name) in first.ids.iter().zip(&first.cdi) {
+        ensure!(
+            *name == format!("{GPUS}={id}") && spec.contains(&format!("\"{id}\"")),
+            "{first:?}\n{spec}"
+        );
+    }
+    ensure!(
+        first.nodes.len() == 3,
+        "two groups and the container: {first:?}"
+    );
+    for node in &first.nodes {
+        ensure!(
+            node.host == node.container && node.permissions == "rw",
+            "{node:?}"
+        );
+        ensure!(
+            site.machine.join(&node.host[1..]).exists() && spec.contains(&node.host),
+            "{node:?}"
+        );
+    }
+    // What is left of the first node is no longer four; the second is.
+    let second = site.kubelet.allocate(GPUS, "second", &[], 4)?;
+    ensure!(second.ids == ids[4..], "{second:?}");
+    pods_are_told(&site, &first)?;
+    let said = site.said()?;
+    ensure!(
+        said.contains("preferred 4 of 6 free") && said.contains("a whole NVSwitch partition"),
+        "{said}"
+    );
+    let wrong = site.kubelet.allocate(GPUS, "third", &["12"], 0);
+    ensure!(wrong.is_err_and(|error| format!("{error:#}").contains("has no device")));
+    site.plugin.stop()?;
+    let left = super::node::names(&kubelet_dir(&site.machine).join("device-plugins"))?;
+    ensure!(left == ["kubelet.sock"], "after its end there is {left:?}");
+    Ok(())
+}
+
+/// PodResources says the same, under the same IDs: that is how a runtime finds the devices of a pod.
+fn pods_are_told(site: &Site, first: &Allocated) -> Result<()> {
+    let socket = kubelet_dir(&site.machine).join("pod-resources/kubelet.sock");
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(async {
+        let client = km_podresources::Client::connect(&socket, SOON).await?;
+        let pod = client.get("default", "first").await?;
+        let given = &pod.containers[0].devices[0];
+        ensure!(
+            given.resource == GPUS && given.ids == first.ids && given.numa_nodes == [0],
+            "{pod:?}"
+        );
+        let all = client.list().await?;
+        ensure!(all.len() == 2, "{all:?}");
+        let allocatable = client.allocatable().await?;
+        ensure!(allocatable.len() == 12, "{allocatable:?}");
+        ensure!(client.get("default", "third").await.is_err());
+        Ok(())
+    })
+}
+
+fn tells_the_truth_in_time(sandbox: &Sandbox) -> Result<()> {
+    let mut machine = shapes::eight_gpus();
+    let errors = |count| format!("DLP {count}\nTOTAL_ERR_FATAL {count}\n");
+    for device in machine
+        .devices
+        .iter_mut()
+        .filter(|device| device.vfio.is_some())
+    {
+        device
+            .attributes
+            .push(("aer_dev_fatal".to_owned(), errors(0)));
+    }
+    let mut site = Site::start(sandbox, &machine, &[])?;
+    let gpus = site.listed(GPUS, 8)?;
+    ensure!(gpus.healthy().len() == 8, "{gpus:?}");
+    let address = gpus.devices[3].id.clone();
+    let device = site.device(&address);
+    let spec = site.machine.join("var/run/cdi/nvidia.com-pgpu.yaml");
+    let in_spec = || Ok::<_, anyhow::Error>(fs::read_to_string(&spec)?.contains(&address));
+
+    let driver = fs::read_link(device.join("driver"))?;
+    fs::remove_file(device.join("driver"))?;
+    site.told("no driver", &address, false)?;
+    ensure!(!in_spec()?, "CDI still lists it");
+    let refused = site.kubelet.allocate(GPUS, "pod", &[&address], 0);
+    ensure!(refused.is_err_and(|error| format!("{error:#}").contains("has no driver")));
+    symlink(&driver, device.join("driver"))?;
+    site.told("bound again", &address, true)?;
+    ensure!(in_spec()?, "CDI does not list it");
+
+    let config = fs::read(device.join("config"))?;
+    fs::write(device.join("config"), [0xff; 64])?;
+    site.told("dead", &address, false)?;
+    fs::write(device.join("config"), config)?;
+    site.told("alive again", &address, true)?;
+
+    let group = fs::read_link(device.join("iommu_group"))?;
+    let group = group.file_name().context("a group has a name")?;
+    let node = site.machine.join("dev/vfio").join(group);
+    fs::remove_file(&node)?;
+    site.told("no node", &address, false)?;
+    fs::write(&node, "")?;
+    site.told("the node is back", &address, true)?;
+
+    fs::write(device.join("aer_dev_fatal"), errors(1))?;
+    site.told("a fatal error", &address, false)?;
+    fs::remove_file(device.join("driver"))?;
+    wait::until_true("the plugin to see it unbound", IN_TIME, || {
+        site.said().is_ok_and(|said| {
+            said.lines()
+                .last()
+                .is_some_and(|line| line.contains("no driver"))
+        })
+    })?;
+    symlink(&driver, device.join("driver"))?;
+    site.told("bound again after the error", &address, true)?;
+
+    let target = fs::read_link(&device)?;
+    fs::remove_file(&device)?;
+    site.told("unplugged", &address, false)?;
+    ensure!(!in_spec()?, "CDI still lists it");
+    symlink(&target, &device)?;
+    site.told("plugged again", &address, true)?;
+
+    // A card that was not there before: a copy of one of the others, in a group of its own.
+    let mut other = shapes::one_gpu().devices.remove(1).vfio(99).group(99);
+    other.address = "0001:01:00.0".to_owned();
+    fs::write(site.machine.join("dev/vfio/99"), "")?;
+    Machine::new(vec![other]).write(&site.machine);
+    site.told("another one is plugged", "0001:01:00.0", true)?;
+    let gpus = site.kubelet.resource(GPUS)?;
+    ensure!(
+        gpus.devices.len() == 9 && gpus.healthy().len() == 9,
+        "{gpus:?}"
+    );
+    ensure!(gpus.registrations == 1, "{gpus:?}");
+    Ok(())
+}
+
+fn comes_back_with_the_kubelet(sandbox: &Sandbox) -> Result<()> {
+    let mut site = Site::start(sandbox, &shapes::two_models(), &[])?;
+    site.listed(GPUS, 1)?;
+    // A kubelet that starts removes all sockets.
+    site.kubelet.start()?;
+    let again = site.until("the list after a restart", IN_TIME, GPUS, |one| {
+        one.connected
+    })?;
+    ensure!(
+        again.registrations == 1 && again.healthy().len() == 1,
+        "{again:?}"
+    );
+    // One that is away for a while.
+    site.kubelet.ask(&json!({ "stop": {} }))?;
+    let socket = kubelet_dir(&site.machine).join("device-plugins/kubelet.sock");
+    fs::remove_file(&socket)?;
+    wait::until_true("the plugin to notice", SOON, || !socket.exists())?;
+    site.kubelet.start()?;
+    site.until("the list after a stop", IN_TIME, GPUS, |one| one.connected)?;
+    // Its own socket is removed by somebody.
+    fs::remove_file(kubelet_dir(&site.machine).join("device-plugins/km-pgpu.sock"))?;
+    site.until("to be registered anew", SOON, GPUS, |one| {
+        one.connected && one.registrations == 2
+    })?;
+    site.plugin.stop()
+}
+
+fn names_who_serves_already(sandbox: &Sandbox) -> Result<()> {
+    let folder = sandbox.folder("plugin")?;
+    write(&shapes::two_models(), &folder)?;
+    let plugins = kubelet_dir(&folder).join("device-plugins");
+    fs::create_dir_all(&plugins)?;
+    let theirs = UnixListener::bind(plugins.join("sandbox-pgpu.sock"))?;
+    let km = Km::find()?.env("KATA_MANAGER_HOST_ROOT", &folder);
+    let refused = km.expect(&["device-plugin"], 3)?;
+    let named =
+        "NVIDIA's Sandbox Device Plugin at /var/lib/kubelet/device-plugins/sandbox-pgpu.sock";
+    ensure!(refused.stderr.contains(named), "{refused}");
+    drop(theirs);
+    // One that comes later is named, and left alone.
+    fs::remove_file(plugins.join("sandbox-pgpu.sock"))?;
+    let mut kubelet = Kubelet::new(&kubelet_dir(&folder), &folder.join("kubelet.log"))?;
+    kubelet.start()?;
+    let log = folder.join("plugin.log");
+    let mut plugin = Daemon::spawn("device-plugin", &mut command(&folder, &[])?, &log)?;
+    wait::until("the first list", SOON, || {
+        plugin.still_runs()?;
+        ensure!(kubelet.resource(GPUS)?.connected);
+        Ok(())
+    })?;
+    let _theirs = UnixListener::bind(plugins.join("sandbox-pgpu.sock"))?;
+    wait::until_true("the conflict in the log", SOON, || {
+        plugin.log_tail().contains("sandbox-pgpu.sock too")
+    })?;
+    // A second one of ours is refused as well.
+    let second = km.expect(&["device-plugin"], 3)?;
+    ensure!(second.stderr.contains("served already"), "{second}");
+    plugin.still_runs()
+}
+
+fn one_server_for_each_resource(sandbox: &Sandbox) -> Result<()> {
+    let mut machine = shapes::two_models();
+    machine.devices[3].driver = Some("vfio-pci".to_owned());
+    machine.devices[3].vfio = Some(1);
+    let mut site = Site::start(sandbox, &machine, &[])?;
+    let both = site.listed(GPUS, 2)?;
+    ensure!(
+        both.healthy().len() == 2 && both.registrations == 1,
+        "{both:?}"
+    );
+    drop(site);
+    let mut site = Site::start(sandbox, &machine, &["--gpu-alias", ""])?;
+    for name in ["nvidia.com/GH100_H100_PCIE", "nvidia.com/AD102GL_L40"] {
+        site.listed(name, 1)?;
+    }
+    ensure!(site.kubelet.resource(GPUS).is_err());
+    Ok(())
+}
+
+/// `KM_PLUGIN_RECONNECTS` says how many; 100 otherwise.
+fn nothing_is_left_of_reconnects(sandbox: &Sandbox) -> Result<()> {
+    let times: u32 = match std::env::var("KM_PLUGIN_RECONNECTS") {
+        Ok(times) => times.parse().context("KM_PLUGIN_RECONNECTS")?,
+        Err(_) => 100,
+    };
+    let mut site = Site::start(sandbox, &shapes::two_models(), &["--log", "error"])?;
+    site.listed(GPUS, 1)?;
+    let mut restarts = |times: u32| {
+        let command = json!({ "restarts": { "resources": [GPUS], "times": times } });
+        site.kubelet
+            .ask_for(&command, Duration::from_secs(60 + u64::from(times)))
+    };
+    // Buffers and the allocator's pools grow at first.
+    restarts(20)?;
+    let pid = site.plugin.pid();
+    let (descriptors, memory) = (open_files(pid)?, resident(pid)?);
+    restarts(times)?;
+    wait::until(
+        "all descriptors of old connections to be closed",
+        SOON,
+        || {
+            let now = open_files(pid)?;
+            ensure!(
+                now <= descriptors,
+                "{descriptors} before, {now} after {times} restarts"
+            );
+            Ok(())
+        },
+    )?;
+    let grown = resident(pid)?.saturating_sub(memory);
+    ensure!(grown < 1 << 20, "{times} restarts took {grown} bytes");
+    Ok(())
+}
+
+fn open_files(pid: u32) -> Result<usize> {
+    Ok(fs::read_dir(format!("/proc/{pid}/fd"))?.count())
+}
+
+/// Resident memory in bytes.
+fn resident(pid: u32) -> Result<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib = line.and_then(|line| line.trim().strip_suffix(" kB"));
+    let kib: u64 = kib.context("VmRSS")?.trim().parse()?;
+    Ok(kib << 10)
+}
