@@ -133,14 +133,14 @@ fn write(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// How often the threads of a process have left a processor, by themselves or not.
+/// How often the threads of a process have gone to sleep: each time, something woke them. Being pushed off a busy processor is none.
 fn switches(pid: u32) -> Result<u64> {
     let mut sum = 0;
     for task in fs::read_dir(format!("/proc/{pid}/task"))? {
         let status = fs::read_to_string(task?.path().join("status"))?;
         let counts = status
             .lines()
-            .filter(|line| line.contains("voluntary_ctxt_switches:"));
+            .filter(|line| line.starts_with("voluntary_ctxt_switches:"));
         for line in counts {
             let count = line.rsplit(':').next().context("a count")?;
             sum += count.trim().parse::<u64>()?;
