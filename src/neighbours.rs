@@ -9,7 +9,7 @@ use anyhow::Result;
 use km_cdi::devices::Found as Devices;
 use km_containerd_config::ContainerdVersion;
 use km_containerd_config::peers::{self, Who};
-use km_doctor::fact::{Fact, Found};
+use km_doctor::fact::{self, Fact, Found};
 use km_doctor::software::{Containerd, Handler, Kata, Software, Spec, Wants};
 use km_host::HostPath;
 use km_runtimeclasses::Tee;
@@ -100,35 +100,21 @@ fn kata(node: &Node) -> Kata {
         prefix: prefix.to_string(),
         version: kata_version(node, prefix, shims.first().copied()),
         shims: shims.iter().map(ToString::to_string).collect(),
-        missing: observe::missing_provider_files(node)
-            .unwrap_or_else(|error| vec![format!("what is there cannot be told: {error:#}")]),
+        missing: observe::missing_provider_files(node).map_err(told),
     }
 }
 
 /// The file `VERSION` of Kata's archives, or else what its shim says.
 fn kata_version(node: &Node, prefix: &HostPath, shim: Option<&HostPath>) -> Fact<String> {
     let file = prefix.join("VERSION");
-    let read = node.root.resolve(&file).map(|path| {
-        observe::read(&path).map(|bytes| {
-            bytes.map(|bytes| {
-                let text = String::from_utf8_lossy(&bytes[..bytes.len().min(200)]).into_owned();
-                text.trim().to_owned()
-            })
-        })
-    });
-    let found = match read {
-        Ok(Ok(Some(text))) => Found::Is(text),
-        Ok(Ok(None)) => return shim_version(node, file, shim),
-        Ok(Err(error)) => Found::Unknown(told(error)),
-        Err(error) => Found::Unknown(error.to_string()),
-    };
-    Fact::new(file.as_str(), found)
+    let fact = fact::text(&node.root, file.as_str(), 200);
+    match (&fact.found, shim) {
+        (Found::Absent, Some(shim)) => shim_version(node, shim),
+        _ => fact,
+    }
 }
 
-fn shim_version(node: &Node, file: HostPath, shim: Option<&HostPath>) -> Fact<String> {
-    let Some(shim) = shim else {
-        return Fact::new(file.as_str(), Found::Absent);
-    };
+fn shim_version(node: &Node, shim: &HostPath) -> Fact<String> {
     let source = format!("{shim} --version");
     let found = match km_host::command::run(&node.root, &[shim.as_str(), "--version"], VERSION) {
         Ok(output) => match version_in(&String::from_utf8_lossy(&output.stdout)) {

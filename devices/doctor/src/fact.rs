@@ -104,6 +104,13 @@ pub enum Node {
     Other,
 }
 
+/// A file's first bytes as text, at most `limit` of them, without the white space around it.
+pub fn text(root: &Root, path: &str, limit: usize) -> Fact<String> {
+    Reader::new(root)
+        .text(path, limit)
+        .and_read(|text| Some(text.trim().to_owned()))
+}
+
 /// The readable files below a root.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Reader<'a> {

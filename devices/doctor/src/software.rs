@@ -57,8 +57,8 @@ pub struct Kata {
     pub version: Fact<String>,
     /// The shims that are there, by their paths: the one in Go and the one in Rust (runtime-rs).
     pub shims: Vec<String>,
-    /// What the configured classes need and is not there, each a sentence.
-    pub missing: Vec<String>,
+    /// What the configured classes need and is not there, each a sentence; or why that is not known.
+    pub missing: Result<Vec<String>, String>,
 }
 
 /// A handler of somebody else.

@@ -81,10 +81,20 @@ pub(super) fn kata(case: Case<'_>) -> Finding {
             )
             .fix(install);
     }
-    if !kata.missing.is_empty() {
+    let missing = match &kata.missing {
+        Ok(missing) => missing,
+        Err(reason) => {
+            return Finding::unknown(
+                check,
+                format!(
+                    "Whether the configured classes have their files could not be seen: {reason}"
+                ),
+            );
+        }
+    };
+    if !missing.is_empty() {
         let finding = Finding::failed(check, "A configured class needs a file that is not there.");
-        return kata
-            .missing
+        return missing
             .iter()
             .fold(finding, |finding, what| finding.seen(&kata.prefix, what))
             .fix(install);

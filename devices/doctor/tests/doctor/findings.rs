@@ -459,7 +459,9 @@ fn kata() {
     says(&place, Kata, Warning, &["3.24"]);
     place.software.kata.version = Fact::new("/opt/kata/VERSION", Found::Is("\u{1b}".to_owned()));
     says(&place, Kata, CouldNotCheck, &["/opt/kata/VERSION"]);
-    place.software.kata.missing = vec!["kata-qemu-nvidia-gpu needs QEMU".to_owned()];
+    place.software.kata.missing = Err("permission denied".to_owned());
+    says(&place, Kata, CouldNotCheck, &["permission denied"]);
+    place.software.kata.missing = Ok(vec!["kata-qemu-nvidia-gpu needs QEMU".to_owned()]);
     says(&place, Kata, Failed, &["needs QEMU", "provider.prefix"]);
     place.software.kata.shims.clear();
     says(&place, Kata, Failed, &["/opt/kata"]);
@@ -521,7 +523,7 @@ fn what_may_not_be_read_is_no_failure() {
     for file in ["/proc/812/limits", "/var/lib/kubelet/config.yaml"] {
         place.remove(file);
         std::fs::create_dir(place.path(file)).unwrap();
-        let none = std::fs::Permissions::from_mode(0);
+        let none = std::fs::Permissions::from_mode(0o000);
         std::fs::set_permissions(place.path(file), none).unwrap();
     }
     says(&place, Memlock, CouldNotCheck, &["/proc/812/limits"]);

@@ -135,7 +135,7 @@ impl Place {
                 prefix: "/opt/kata".to_owned(),
                 version: Fact::new("/opt/kata/VERSION", Found::Is("4.1.0".to_owned())),
                 shims: vec!["/opt/kata/bin/containerd-shim-kata-v2".to_owned()],
-                missing: Vec::new(),
+                missing: Ok(Vec::new()),
             },
             handlers: Ok(Vec::new()),
             specs: Ok(Vec::new()),
