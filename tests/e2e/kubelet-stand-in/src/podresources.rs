@@ -39,7 +39,6 @@ impl PodResourcesLister for Lister {
         };
         Ok(Response::new(wire::AllocatableResourcesResponse {
             devices: state.resources.iter().flat_map(healthy).collect(),
-            ..wire::AllocatableResourcesResponse::default()
         }))
     }
 
