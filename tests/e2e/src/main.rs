@@ -36,6 +36,7 @@ fn main() -> Result<ExitCode> {
     let subjects = [
         ("harness", tests::harness::TESTS),
         ("apply", tests::apply::TESTS),
+        ("cdi", tests::cdi::TESTS),
         ("containerd", tests::containerd::TESTS),
         ("failures", tests::failures::TESTS),
         ("crash", tests::crash::TESTS),
@@ -51,27 +52,17 @@ fn main() -> Result<ExitCode> {
         ("transfer", tests::transfer::TESTS),
         ("trust", tests::trust::TESTS),
     ];
-    // These have what is one for the whole sandbox, such as /run/cdi, which every uninstall cleans: they come after the others.
-    let alone = [("cdi", tests::cdi::TESTS)];
-    let run = |subjects: &[(&'static str, &[suite::Test])]| {
-        let tests = subjects
-            .iter()
-            .flat_map(|(subject, tests)| tests.iter().map(|test| (*subject, *test)));
-        let trials: Vec<Trial> = tests
-            .map(|(subject, test)| suite::trial(subject, test, &sandbox))
-            .collect();
-        libtest_mimic::run(&arguments, trials)
-    };
-    let beside_each_other = run(&subjects);
+    let tests = subjects
+        .iter()
+        .flat_map(|(subject, tests)| tests.iter().map(|test| (*subject, *test)));
+    let trials: Vec<Trial> = tests
+        .map(|(subject, test)| suite::trial(subject, test, &sandbox))
+        .collect();
+    let done = libtest_mimic::run(&arguments, trials);
     if tests::faults::survived() > 0 {
         say_faults();
     }
-    let one_by_one = run(&alone);
-    Ok(if beside_each_other.has_failed() {
-        beside_each_other.exit_code()
-    } else {
-        one_by_one.exit_code()
-    })
+    Ok(done.exit_code())
 }
 
 #[expect(

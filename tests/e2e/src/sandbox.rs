@@ -145,21 +145,6 @@ impl Sandbox {
         Ok(shown)
     }
 
-    /// Shows a folder in another place, which is made if it is not there, until the guard is dropped.
-    ///
-    /// # Errors
-    /// When the kernel refuses the mount.
-    pub fn show(&self, folder: &Path, place: &Path) -> Result<Shown> {
-        fs::create_dir_all(place).with_context(|| format!("make {}", place.display()))?;
-        mount_bind(folder, place)
-            .with_context(|| format!("show {} at {}", folder.display(), place.display()))?;
-        Ok(Shown {
-            path: place.to_owned(),
-            made: false,
-            mounted: true,
-        })
-    }
-
     /// Makes a folder read-only (EROFS, also for root) until the guard is dropped.
     ///
     /// # Errors
@@ -172,7 +157,7 @@ impl Sandbox {
     }
 }
 
-/// What [`Sandbox::devices`] and [`Sandbox::show`] show, until this is dropped.
+/// What [`Sandbox::devices`] shows, until this is dropped.
 #[derive(Debug)]
 pub struct Shown {
     path: PathBuf,

@@ -25,7 +25,7 @@ const NUMBERS: &str = "1,   3";
 const DEVICE: &str = "nvidia.com/pgpu=0000:01:00.0";
 const INDEX: &str = "nvidia.com/pgpu=0";
 
-/// One after the other: `/dev/vfio` and `/run/cdi` are the sandbox's.
+/// One after the other: `/dev/vfio` is the sandbox's.
 fn containerds_inject(sandbox: &Sandbox) -> Result<()> {
     let _nodes = sandbox.devices(
         "/dev/vfio".as_ref(),
@@ -41,31 +41,30 @@ fn injects(sandbox: &Sandbox, version: Version) -> Result<()> {
     let able = version != Version::V1_6;
     let node = Node::start(sandbox, &Options::new(version))?;
     let original = fs::read_to_string(node.containerd.config())?;
-    let off = original.replacen(
-        "  disable_apparmor",
-        "  enable_cdi = false\n  disable_apparmor",
-        1,
-    );
-    ensure!(off != original, "no place for a setting in\n{original}");
-    let on = off.replacen("enable_cdi = false", "enable_cdi = true", 1);
-
-    // What the bus says is prepared; specs go where containerd looks for them.
+    // A folder of its own: the usual one is the sandbox's, where an uninstall of another test would find the specs.
     let machine = sandbox.folder("machine")?;
     shapes::two_models().write(&machine);
-    fs::create_dir_all(machine.join("var/run/cdi"))?;
-    let _specs = sandbox.show(&machine.join("var/run/cdi"), "/run/cdi".as_ref())?;
+    let specs = machine.join("var/run/cdi");
+    let settings = format!(
+        "  enable_cdi = false\n  cdi_spec_dirs = [\"{}\"]\n  disable_apparmor",
+        specs.display()
+    );
+    let off = original.replacen("  disable_apparmor", &settings, 1);
+    ensure!(off != original, "no place for a setting in\n{original}");
+    let on = off.replacen("enable_cdi = false", "enable_cdi = true", 1);
     let generate = || {
         let km = Km::find()?.env("KATA_MANAGER_HOST_ROOT", &machine);
         km.expect(&["cdi", "generate"], 0)
     };
     let written = generate()?;
     ensure!(written.stdout.contains("devices: 1"), "{written}");
-    node.km.expect(&["cdi", "validate"], 0)?;
+    let spec = specs.join("nvidia.com-pgpu.yaml").display().to_string();
+    let valid = node.km.expect(&["cdi", "validate", &spec], 0)?;
+    ensure!(valid.stdout.contains("good: nvidia.com/pgpu"), "{valid}");
 
     fs::write(node.containerd.config(), &on)?;
     node.containerd.restart()?;
     let listed = node.km.expect(&["cdi", "list"], 0)?;
-    ensure!(!listed.stdout.contains("does not have"), "{listed}");
     let verdict = if able { "injects CDI" } else { "cannot inject" };
     ensure!(listed.stdout.contains(verdict), "{listed}");
     let annotation = HashMap::from([("cdi.k8s.io/gpu".to_owned(), INDEX.to_owned())]);
