@@ -225,10 +225,15 @@ fn derive(
             .into());
         }
     }
-    Ok(vec![DerivedFile {
+    let mut made = vec![DerivedFile {
         path: wanted::CONFIGURATION.to_owned(),
         bytes: rendered.text.into_bytes(),
-    }])
+    }];
+    made.extend(seen.drop_in.as_ref().map(|text| DerivedFile {
+        path: km_runtimeclasses::DROP_IN.to_owned(),
+        bytes: text.clone().into_bytes(),
+    }));
+    Ok(made)
 }
 
 fn read_own(node: &Node, artifact: &Artifact, path: &str) -> Result<String> {

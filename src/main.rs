@@ -20,6 +20,7 @@ mod output;
 mod plan;
 mod progress;
 mod remove;
+mod sizing;
 mod specs;
 mod wanted;
 

@@ -19,7 +19,7 @@ use crate::config::{Artifacts, RuntimeClass, Update};
 use crate::failure::{self, Failure, Kind};
 use crate::journal::Journal;
 use crate::node::Node;
-use crate::wanted;
+use crate::{sizing, wanted};
 
 /// Everything that a plan is made from.
 #[derive(Debug)]
@@ -56,6 +56,10 @@ pub(crate) struct SeenClass {
     pub(crate) artifact: SeenArtifact,
     /// See [`wanted::inputs`].
     pub(crate) inputs: Digest,
+    /// What the node adds to its Kata configuration.
+    pub(crate) drop_in: Option<String>,
+    /// The same of the live generation.
+    pub(crate) live_drop_in: Option<String>,
     /// The generations whose signatures, as the store has them, are what is demanded now; all where nothing is.
     pub(crate) trusted: BTreeSet<u64>,
 }
@@ -93,10 +97,18 @@ pub(crate) async fn observe(
         client,
         known: BTreeMap::new(),
     };
+    let sized = sizing::observe(node)?;
     let mut classes = Vec::new();
     for class in &node.config.runtime_classes {
         let held = journal.record().held.get(&class.name).copied();
-        classes.push(self::class(node, &mut digests, class, held, &mut warnings).await?);
+        let drop_in = sized.drop_in(node, class, None);
+        for warning in drop_in.iter().flat_map(|made| &made.warnings) {
+            if !warnings.contains(warning) {
+                warnings.push(warning.clone());
+            }
+        }
+        let drop_in = drop_in.map(|made| made.text);
+        classes.push(self::class(node, &mut digests, class, held, drop_in, &mut warnings).await?);
     }
     let surplus = node
         .store
@@ -140,6 +152,7 @@ async fn class(
     digests: &mut Digests<'_>,
     class: &RuntimeClass,
     held: Option<u64>,
+    drop_in: Option<String>,
     warnings: &mut Vec<String>,
 ) -> Result<SeenClass> {
     let store = &node.store;
@@ -195,7 +208,16 @@ async fn class(
         others,
         displaces,
         artifact: SeenArtifact::None,
-        inputs: wanted::inputs(&node.config, class),
+        inputs: wanted::inputs(&node.config, class, drop_in.as_deref()),
+        live_drop_in: match live_number {
+            Some(number) => {
+                let dir = store.generation_dir(&class.name, number);
+                let bytes = read(&dir.join(km_runtimeclasses::DROP_IN))?;
+                bytes.map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+            }
+            None => None,
+        },
+        drop_in,
         trusted,
     };
     if let Some(artifacts) = &class.artifacts {

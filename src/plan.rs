@@ -39,6 +39,9 @@ pub(crate) enum Step {
         /// The ids of the keys that signed it, where that is demanded.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         signers: Vec<String>,
+        /// How what the node adds to the Kata configuration differs from the live generation's: lines with `+` and `-`.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        settings: Vec<String>,
     },
     /// Point a class at a generation.
     Activate {
@@ -201,12 +204,31 @@ fn plan_class(seen: &SeenClass, steps: &mut Vec<Step>) -> ClassWork {
             number,
             manifest,
             signers: keys_of(&verified.signers),
+            settings: settings(seen),
         });
     }
     if let ClassWork::Make(to) | ClassWork::Reuse(to) = work {
         steps.push(activate(seen, to));
     }
     work
+}
+
+/// The lines of the drop-in that are new, and those that go.
+fn settings(seen: &SeenClass) -> Vec<String> {
+    let lines = |text: &Option<String>| -> Vec<String> {
+        let text = text.as_deref().unwrap_or_default();
+        let lines = text.lines().filter(|line| line.contains(" = "));
+        lines
+            .filter(|line| !line.starts_with('#'))
+            .map(str::to_owned)
+            .collect()
+    };
+    let (old, new) = (lines(&seen.live_drop_in), lines(&seen.drop_in));
+    let gone = old.iter().filter(|line| !new.contains(line));
+    let come = new.iter().filter(|line| !old.contains(line));
+    gone.map(|line| format!("- {line}"))
+        .chain(come.map(|line| format!("+ {line}")))
+        .collect()
 }
 
 fn activate(seen: &SeenClass, to: u64) -> Step {
@@ -258,6 +280,7 @@ impl Step {
                 number,
                 manifest,
                 signers,
+                settings,
             } => {
                 writeln!(
                     out,
@@ -265,7 +288,16 @@ impl Step {
                 )?;
                 signers
                     .iter()
-                    .try_for_each(|key| writeln!(out, "      signed by key {key}"))
+                    .try_for_each(|key| writeln!(out, "      signed by key {key}"))?;
+                if settings.is_empty() {
+                    return Ok(());
+                }
+                writeln!(
+                    out,
+                    "      {}, from what this node has:",
+                    km_runtimeclasses::DROP_IN
+                )?;
+                writeln!(out, "{}", indented(settings, "        "))
             }
             Step::Activate {
                 class,

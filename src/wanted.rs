@@ -4,16 +4,16 @@ use km_artifacts::digest::Digest;
 use km_containerd_config::handler::Settings;
 use km_containerd_config::{ContainerdVersion, Handler};
 use km_host::HostPath;
-use km_runtimeclasses::{ClassKind, POD_ANNOTATIONS, Provider};
+use km_runtimeclasses::{ClassKind, POD_ANNOTATIONS, Provider, Runtime};
 use serde_json::json;
 
-use crate::config::{Config, HandlerSettings, RuntimeClass};
+use crate::config::{Config, HandlerSettings, KataRuntime, RuntimeClass};
 
 /// The name of the derived Kata configuration in a generation, and so of the file that a handler points at.
 pub(crate) const CONFIGURATION: &str = "configuration.toml";
 
 /// Counts changes in how configurations are derived; a new number makes new generations.
-const DERIVATION: u32 = 1;
+const DERIVATION: u32 = 2;
 
 /// What a class is in the catalogue; `None` for one with a runtime type of its own.
 pub(crate) fn class_kind(class: &RuntimeClass) -> Option<&'static ClassKind> {
@@ -27,6 +27,10 @@ pub(crate) fn class_kind(class: &RuntimeClass) -> Option<&'static ClassKind> {
 pub(crate) fn provider(config: &Config) -> Provider {
     Provider {
         prefix: config.provider.prefix.as_str().to_owned(),
+        runtime: match config.provider.runtime {
+            KataRuntime::Go => Runtime::Go,
+            KataRuntime::Rust => Runtime::Rust,
+        },
     }
 }
 
@@ -113,14 +117,16 @@ pub(crate) fn cri_settings(config: &Config, version: ContainerdVersion) -> Setti
     settings
 }
 
-/// The digest of everything but the artifact that a class's derived files are made from.
-pub(crate) fn inputs(config: &Config, class: &RuntimeClass) -> Digest {
+/// The digest of everything but the artifact that a class's derived files are made from. `drop_in` is what the node adds.
+pub(crate) fn inputs(config: &Config, class: &RuntimeClass, drop_in: Option<&str>) -> Digest {
     let mut inputs = json!({
         "derivation": DERIVATION,
         "class": class.name,
         "kind": class_kind(class).map(|kind| kind.name),
         "artifactsDir": config.artifacts_dir.as_str(),
         "provider": config.provider.prefix.as_str(),
+        "runtime": config.provider.runtime,
+        "dropIn": drop_in,
     });
     let artifacts = class.artifacts.as_ref();
     if let Some(folder) = artifacts.and_then(|artifacts| artifacts.image_folder.as_ref()) {

@@ -13,6 +13,7 @@ mod targets {
     pub(crate) mod kata_configuration;
     pub(crate) mod manifest;
     pub(crate) mod plugin;
+    pub(crate) mod qemu_argv;
     pub(crate) mod reference;
     pub(crate) mod signatures;
     pub(crate) mod sysfs;
@@ -37,6 +38,7 @@ const TARGETS: &[(&str, Target)] = &[
     ("kata_configuration", targets::kata_configuration::run),
     ("manifest", targets::manifest::run),
     ("plugin", targets::plugin::run),
+    ("qemu_argv", targets::qemu_argv::run),
     ("reference", targets::reference::run),
     ("signatures", targets::signatures::run),
     ("sysfs", targets::sysfs::run),

@@ -27,6 +27,7 @@ pub mod claims;
 pub mod command;
 mod error;
 pub mod lock;
+pub mod memory;
 pub mod process;
 mod root;
 

@@ -13,6 +13,18 @@ pub const POD_ANNOTATIONS: [&str; 2] = ["io.katacontainers.*", "cdi.k8s.io/*"];
 pub struct Provider {
     /// The folder that it is in; kata-deploy's is [`Provider::DEFAULT_PREFIX`].
     pub prefix: String,
+    /// Which of Kata's runtimes is used.
+    pub runtime: Runtime,
+}
+
+/// One of Kata's runtimes. They read the same configuration file with different keys.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Runtime {
+    /// `src/runtime`, in Go.
+    #[default]
+    Go,
+    /// `src/runtime-rs`, in Rust.
+    Rust,
 }
 
 impl Provider {
@@ -29,6 +41,7 @@ impl Default for Provider {
     fn default() -> Provider {
         Provider {
             prefix: Provider::DEFAULT_PREFIX.to_owned(),
+            runtime: Runtime::Go,
         }
     }
 }
@@ -90,8 +103,9 @@ const CATALOGUE: [ClassKind; 3] = [
     },
 ];
 
-/// Kata's containerd shim, relative to the prefix.
+/// Kata's containerd shims, relative to the prefix (tools/packaging/kata-deploy/binary/src, system.rs).
 const SHIM: &str = "bin/containerd-shim-kata-v2";
+const SHIM_RUST: &str = "runtime-rs/bin/containerd-shim-kata-v2";
 
 /// All classes.
 pub fn catalogue() -> &'static [ClassKind] {
@@ -106,7 +120,10 @@ pub fn find(name: &str) -> Option<&'static ClassKind> {
 impl ClassKind {
     /// Kata's shim, which its handler starts.
     pub fn shim(&self, provider: &Provider) -> String {
-        provider.path(SHIM)
+        provider.path(match provider.runtime {
+            Runtime::Go => SHIM,
+            Runtime::Rust => SHIM_RUST,
+        })
     }
 
     /// What must be on the host before the class can work.
@@ -139,6 +156,7 @@ mod tests {
     fn each_class_names_its_own_files_below_the_prefix() {
         let provider = Provider {
             prefix: "/usr/lib/kata/".to_owned(),
+            runtime: Runtime::Rust,
         };
         for kind in catalogue() {
             assert_eq!(find(kind.name), Some(kind));

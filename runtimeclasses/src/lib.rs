@@ -5,9 +5,11 @@
 //!
 //! - [`catalogue`]: the classes, and what each needs of a Kata installation.
 //! - [`configuration`]: the Kata configuration of a generation: the artifact's own with its paths re-rooted, or a rendered one.
+//! - [`drop_in`]: what the node adds to it.
 //! - [`runtime_class_manifest`]: the RuntimeClass object.
 
 mod catalogue;
+mod drop_in;
 mod error;
 mod manifest;
 mod render;
@@ -15,7 +17,10 @@ mod reroot;
 
 use std::collections::BTreeSet;
 
-pub use catalogue::{ClassKind, POD_ANNOTATIONS, Provider, RequiredFile, Tee, catalogue, find};
+pub use catalogue::{
+    ClassKind, POD_ANNOTATIONS, Provider, RequiredFile, Runtime, Tee, catalogue, find,
+};
+pub use drop_in::{DROP_IN, DropIn, Facts, KataVersion, Sizing, drop_in};
 pub use error::ConfigError;
 pub use manifest::{runtime_class_manifest, to_yaml};
 

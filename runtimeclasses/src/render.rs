@@ -3,7 +3,7 @@
 
 use toml_edit::{Array, DocumentMut, Item, Table, Value, value};
 
-use crate::{ClassKind, ConfigError, GuestFile, Provider, Reference, Rendered, Tee};
+use crate::{ClassKind, ConfigError, GuestFile, Provider, Reference, Rendered, Runtime, Tee};
 
 /// Kernel parameters of the guest: a unified cgroup tree, and PCI windows sized by the guest for large BARs.
 const KERNEL_PARAMS: &str = "cgroup_no_v1=all pci=realloc pci=nocrs pci=assign-busses";
@@ -21,7 +21,7 @@ const TIMEOUT_SECONDS: i64 = 1200;
 const SNP_POLICY: i64 = 196_608;
 
 /// Where kubelet answers which devices a pod was given.
-const POD_RESOURCES: &str = "/var/lib/kubelet/pod-resources/kubelet.sock";
+pub(crate) const POD_RESOURCES: &str = "/var/lib/kubelet/pod-resources/kubelet.sock";
 
 /// Where the guest's root file system comes from.
 enum RootFs<'a> {
@@ -50,10 +50,19 @@ pub(crate) fn render(
     let mut agent = Table::new();
     agent.set_implicit(true);
     let mut kata = Table::new();
-    kata.insert("dial_timeout", value(TIMEOUT_SECONDS));
+    match provider.runtime {
+        Runtime::Go => {
+            kata.insert("dial_timeout", value(TIMEOUT_SECONDS));
+        }
+        Runtime::Rust => {
+            kata.insert("dial_timeout_ms", value(1000));
+            kata.insert("reconnect_timeout_ms", value(TIMEOUT_SECONDS * 1000));
+            kata.insert("create_container_timeout", value(TIMEOUT_SECONDS));
+        }
+    }
     agent.insert("kata", Item::Table(kata));
     document.insert("agent", Item::Table(agent));
-    document.insert("runtime", Item::Table(runtime()));
+    document.insert("runtime", Item::Table(runtime(provider.runtime)));
     Ok(Rendered {
         text: document.to_string(),
         rerooted: Vec::new(),
@@ -95,7 +104,8 @@ fn qemu(
         RootFs::Initrd(file) => path(&mut table, "initrd", format!("{dir}/{file}"), false),
     }
     path(&mut table, "firmware", provider.path(kind.firmware), false);
-    if !confidential {
+    let shared = !confidential && provider.runtime == Runtime::Go;
+    if shared {
         let daemon = provider.path("libexec/virtiofsd");
         table.insert("virtio_fs_daemon", value(daemon));
     }
@@ -114,11 +124,12 @@ fn qemu(
     table.insert("disable_image_nvdimm", value(true));
     table.insert(
         "shared_fs",
-        value(if confidential { "none" } else { "virtio-fs" }),
+        value(if shared { "virtio-fs" } else { "none" }),
     );
     table.insert("cold_plug_vfio", value("root-port"));
-    table.insert("pcie_root_port", value(if confidential { 0 } else { 8 }));
-    if !confidential {
+    let spare = !confidential || provider.runtime == Runtime::Rust;
+    table.insert("pcie_root_port", value(if spare { 8 } else { 0 }));
+    if !confidential && provider.runtime == Runtime::Go {
         table.insert("hot_plug_vfio", value("no-port"));
     }
     table.insert("enable_annotations", value(annotations(confidential)));
@@ -155,10 +166,12 @@ fn annotations(confidential: bool) -> Array {
     plain.iter().chain(more).copied().collect()
 }
 
-fn runtime() -> Table {
+fn runtime(runtime: Runtime) -> Table {
     let mut table = Table::new();
-    let entries: [(&str, Value); 5] = [
-        ("create_container_timeout", TIMEOUT_SECONDS.into()),
+    if runtime == Runtime::Go {
+        table.insert("create_container_timeout", value(TIMEOUT_SECONDS));
+    }
+    let entries: [(&str, Value); 4] = [
         ("sandbox_cgroup_only", true.into()),
         ("static_sandbox_resource_mgmt", true.into()),
         ("vfio_mode", "guest-kernel".into()),

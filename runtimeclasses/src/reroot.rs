@@ -230,6 +230,7 @@ mod tests {
     fn run(text: &str) -> Result<Rendered, ConfigError> {
         let provider = Provider {
             prefix: "/usr/kata".to_owned(),
+            ..Provider::default()
         };
         reroot(
             &provider,

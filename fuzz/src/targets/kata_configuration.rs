@@ -6,9 +6,7 @@ pub(crate) fn run(bytes: &[u8]) {
     let Ok(text) = std::str::from_utf8(bytes) else {
         return;
     };
-    let provider = Provider {
-        prefix: Provider::DEFAULT_PREFIX.to_owned(),
-    };
+    let provider = Provider::default();
     let kind = find("kata-qemu-nvidia-gpu").expect("a class of the catalogue");
     let files = ["vmlinuz", "initrd.img"].map(|path| GuestFile {
         path: path.to_owned(),

@@ -143,7 +143,7 @@ impl Keyed {
         if value.len() > VALUE_LIMIT {
             return Err(format!("it has more than {VALUE_LIMIT} bytes"));
         }
-        let keyed = match value.trim_start().starts_with('{') {
+        let keyed = match value.starts_with('{') {
             true => Keyed {
                 pairs: json(value)?,
                 json: true,
@@ -195,7 +195,7 @@ pub fn render(pairs: &[(String, String)], first: &str) -> String {
         if at > 0 {
             out.push(',');
         }
-        if at > 0 || key != first || value.contains('=') {
+        if at > 0 || key != first || value.contains('=') || value.starts_with('{') {
             out.push_str(key);
             out.push('=');
         }

@@ -84,62 +84,41 @@ pub fn boot(
     })
 }
 
-/// A machine that has an image mapped as an NVDIMM, the way in which Kata gives a guest its image. Its processor stands still;
-/// it ends when this is dropped.
+/// A QEMU that runs and answers questions. It ends when this is dropped.
 #[derive(Debug)]
-pub struct Mapped {
+pub struct Machine {
     qemu: Daemon,
     monitor: BufReader<UnixStream>,
 }
 
-impl Mapped {
-    /// Starts QEMU with the first 4 MiB of `image` mapped, shared and read-only. `folder` takes its socket and log.
+impl Machine {
+    /// Starts QEMU as `command` says, with a monitor besides. `folder` takes its socket and log.
     ///
     /// # Errors
-    /// When QEMU cannot be started, or its monitor does not answer.
-    pub fn start(qemu: &Path, image: &Path, folder: &Path) -> Result<Self> {
+    /// When QEMU cannot be started, or its monitor does not answer; carries its log.
+    pub fn start(command: &mut Command, folder: &Path) -> Result<Self> {
         let socket = folder.join("qmp");
-        let image = image.display();
-        let mut command = Command::new(qemu);
-        command.args(["-accel", "tcg", "-machine", "q35,nvdimm=on", "-nodefaults"]);
-        command.args(["-m", "64M,slots=2,maxmem=1G", "-S", "-display", "none"]);
-        command.arg("-object").arg(format!(
-            "memory-backend-file,id=image,mem-path={image},share=on,readonly=on,size=4M"
-        ));
-        command.args(["-device", "nvdimm,memdev=image,unarmed=on", "-qmp"]);
-        command.arg(format!("unix:{},server=on,wait=off", socket.display()));
-        let mut qemu = Daemon::spawn("qemu", &mut command, &folder.join("log"))?;
+        let server = format!("unix:{},server=on,wait=off", socket.display());
+        command.arg("-qmp").arg(server);
+        let mut qemu = Daemon::spawn("qemu", command, &folder.join("log"))?;
         let stream = wait::until("QEMU's monitor", Duration::from_secs(30), || {
             qemu.still_runs()?;
             Ok(UnixStream::connect(&socket)?)
         })?;
         stream.set_read_timeout(Some(Duration::from_secs(30)))?;
-        let mut mapped = Self {
+        let mut machine = Self {
             qemu,
             monitor: BufReader::new(stream),
         };
-        mapped.ask("qmp_capabilities", &json!({}))?;
-        Ok(mapped)
-    }
-
-    /// What the machine has at the start of the image: 4 bytes in QEMU's own words, such as `0x01 0x01 0x01 0x01`.
-    ///
-    /// # Errors
-    /// When QEMU has ended, as by a SIGBUS, or does not answer.
-    pub fn reads(&mut self) -> Result<String> {
-        self.qemu.still_runs()?;
-        // Where q35 puts the first memory device: above 4 GiB.
-        let command = json!({ "command-line": "xp /4xb 0x100000000" });
-        let said = self.ask("human-monitor-command", &command)?;
-        let said = said.as_str().unwrap_or_default();
-        let bytes = said.split_once(": ").map(|(_, bytes)| bytes.trim());
-        Ok(bytes
-            .with_context(|| format!("QEMU said {said:?}"))?
-            .to_owned())
+        machine.ask("qmp_capabilities", &json!({}))?;
+        Ok(machine)
     }
 
     /// One command of the QEMU Machine Protocol and its answer; events in between are passed over.
-    fn ask(&mut self, command: &str, arguments: &Value) -> Result<Value> {
+    ///
+    /// # Errors
+    /// When QEMU has ended, refuses, or does not answer.
+    pub fn ask(&mut self, command: &str, arguments: &Value) -> Result<Value> {
         let request = json!({ "execute": command, "arguments": arguments });
         writeln!(self.monitor.get_mut(), "{request}")?;
         let mut line = String::new();
@@ -159,5 +138,44 @@ impl Mapped {
                 bail!("QEMU refuses {command}: {error}");
             }
         }
+    }
+}
+
+/// A machine that has an image mapped as an NVDIMM, the way in which Kata gives a guest its image. Its processor stands still;
+/// it ends when this is dropped.
+#[derive(Debug)]
+pub struct Mapped(Machine);
+
+impl Mapped {
+    /// Starts QEMU with the first 4 MiB of `image` mapped, shared and read-only. `folder` takes its socket and log.
+    ///
+    /// # Errors
+    /// When QEMU cannot be started, or its monitor does not answer.
+    pub fn start(qemu: &Path, image: &Path, folder: &Path) -> Result<Self> {
+        let image = image.display();
+        let mut command = Command::new(qemu);
+        command.args(["-accel", "tcg", "-machine", "q35,nvdimm=on", "-nodefaults"]);
+        command.args(["-m", "64M,slots=2,maxmem=1G", "-S", "-display", "none"]);
+        command.arg("-object").arg(format!(
+            "memory-backend-file,id=image,mem-path={image},share=on,readonly=on,size=4M"
+        ));
+        command.args(["-device", "nvdimm,memdev=image,unarmed=on"]);
+        Ok(Self(Machine::start(&mut command, folder)?))
+    }
+
+    /// What the machine has at the start of the image: 4 bytes in QEMU's own words, such as `0x01 0x01 0x01 0x01`.
+    ///
+    /// # Errors
+    /// When QEMU has ended, as by a SIGBUS, or does not answer.
+    pub fn reads(&mut self) -> Result<String> {
+        self.0.qemu.still_runs()?;
+        // Where q35 puts the first memory device: above 4 GiB.
+        let command = json!({ "command-line": "xp /4xb 0x100000000" });
+        let said = self.0.ask("human-monitor-command", &command)?;
+        let said = said.as_str().unwrap_or_default();
+        let bytes = said.split_once(": ").map(|(_, bytes)| bytes.trim());
+        Ok(bytes
+            .with_context(|| format!("QEMU said {said:?}"))?
+            .to_owned())
     }
 }

@@ -16,5 +16,6 @@ mod node;
 pub(crate) mod others;
 pub(crate) mod plugin;
 pub(crate) mod registries;
+pub(crate) mod topology;
 pub(crate) mod transfer;
 pub(crate) mod trust;
