@@ -209,14 +209,15 @@ async fn class(
         displaces,
         artifact: SeenArtifact::None,
         inputs: wanted::inputs(&node.config, class, drop_in.as_deref()),
-        live_drop_in: match live_number {
-            Some(number) => {
-                let dir = store.generation_dir(&class.name, number);
-                let bytes = read(&dir.join(km_runtimeclasses::DROP_IN))?;
-                bytes.map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
-            }
-            None => None,
-        },
+        live_drop_in: live_number.and_then(|number| {
+            // It is shown and nothing else: what is wrong with it is among the damages.
+            let dir = store.generation_dir(&class.name, number);
+            let path = dir.join(km_runtimeclasses::DROP_IN);
+            let is_file = path.symlink_metadata().is_ok_and(|meta| meta.is_file());
+            is_file
+                .then(|| std::fs::read_to_string(&path).ok())
+                .flatten()
+        }),
         drop_in,
         trusted,
     };
