@@ -140,6 +140,11 @@ fn what_each_kata_writes_is_right() {
         ..device("0000:21:00.1", 0, true)
     });
     assert!(audio.problems(&argv(&[MACHINE, RUST])).is_empty());
+    let there = View::of(&argv(&[MACHINE, RUST]));
+    assert_eq!(
+        inject::inject(&there, &audio.wanted()),
+        Ok(Injected::Nothing)
+    );
 }
 
 #[test]
@@ -606,6 +611,14 @@ fn what_cannot_be_added_is_refused() {
     assert!(set.contains("behind their arguments"), "{set}");
     sandbox.confidential = true;
     assert!(refused(&sandbox, "").contains("measurement"));
+    // A device that this Kata would drop is not left out in silence.
+    let mut old = Sandbox::of(Flavor::Go, true);
+    old.kata.version = Version::new(3, 20);
+    old.devices.push(Device {
+        class: 0x06_8000,
+        ..device("0000:c1:00.0", 1, true)
+    });
+    assert!(refused(&old, "").contains("drops 0000:c1:00.0"));
 }
 
 #[test]

@@ -30,7 +30,7 @@ pub fn inject(view: &View, wanted: &Wanted<'_>) -> Result<Injected, Refused> {
     let given: Vec<&claims::Device> = wanted
         .devices
         .iter()
-        .filter(|device| !is_bridge(device.class))
+        .filter(|device| wanted.kata.skips(device.class).is_none())
         .collect();
     let there = |address: &str| {
         let address = address.parse::<km_vfio::Address>().ok();
@@ -60,7 +60,7 @@ pub fn inject(view: &View, wanted: &Wanted<'_>) -> Result<Injected, Refused> {
         .values()
         .filter_map(|hosts| hosts.first().copied());
     let request = Request {
-        devices: given.iter().map(|device| planned(device)).collect(),
+        devices: wanted.devices.iter().map(planned).collect(),
         class: Class {
             confidential: false,
         },
@@ -82,10 +82,6 @@ pub fn inject(view: &View, wanted: &Wanted<'_>) -> Result<Injected, Refused> {
 pub fn add(argv: &Argv, plan: &Plan) -> Vec<OsString> {
     let more = plan.arguments().into_iter().map(OsString::from);
     argv.words.iter().cloned().chain(more).collect()
-}
-
-fn is_bridge(class: u32) -> bool {
-    matches!(class >> 8, 0x0600 | 0x0604)
 }
 
 /// What a launch uses already.
