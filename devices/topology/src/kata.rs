@@ -16,7 +16,7 @@ pub const RUST_FIRST_SLOT: u8 = 9;
 pub const LAST_SLOT: u8 = 30;
 
 /// Bridges that Kata puts on `pcie.0` by itself and that take a bus number each (`default_bridges = 1` in each of its GPU
-/// configurations).
+/// configurations). It is in slot 2, and slot 1 is the console's, so every port comes after it.
 pub const BRIDGES: u8 = 1;
 
 /// Bus numbers between two expanders of the Go runtime: `bus_nr` is `uint8(0x20*(node+1))` (src/runtime/virtcontainers/qemu.go).

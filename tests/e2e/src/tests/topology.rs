@@ -21,10 +21,12 @@ pub(crate) const TESTS: &[Test] = &[
     ("injected_launches_start", injected_launches_start),
 ];
 
-/// What Kata has on the root bus by itself (`pci-bridge-0` in slot 2).
+/// What Kata has on the root bus by itself before any port: its bridge in slot 2, and its console, which takes slot 1.
 const KATA: &[&str] = &[
     "-device",
     "pci-bridge,bus=pcie.0,id=pci-bridge-0,chassis_nr=1,shpc=off,addr=2",
+    "-device",
+    "virtio-serial-pci,disable-modern=true,id=serial0",
 ];
 
 const NODES: &[&str] = &[
