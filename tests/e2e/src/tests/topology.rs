@@ -54,8 +54,16 @@ struct Seen {
 fn plans_are_what_qemu_makes(sandbox: &Sandbox) -> Result<()> {
     let root = sandbox.folder("node")?;
     shapes::eight_gpus().write(&root);
+    // Devices have nodes of their own, which runtime-rs and confidential guests need.
+    let nodes = root.join("dev/vfio/devices");
+    std::fs::create_dir_all(&nodes)?;
+    for number in 0..12 {
+        std::fs::write(nodes.join(format!("vfio{number}")), "")?;
+    }
     let plans: &[&[&str]] = &[
         &["--plan", "all"],
+        &["--plan", "all", "--kata-runtime", "rust"],
+        &["--plan", "all", "--class", "kata-qemu-nvidia-gpu-snp"],
         &["--plan", "all", "--numa", "0,1", "--vcpus", "2"],
         &[
             "--plan",
@@ -123,7 +131,8 @@ fn start(sandbox: &Sandbox, devices: &[String], numa: bool) -> Result<BTreeMap<S
 /// The same devices, with an emulated one in the place of each of the host's, and no iommufd.
 fn stand_ins(arguments: &[String]) -> Result<Vec<String>> {
     let mut made = Vec::new();
-    for (number, pair) in arguments.chunks(2).enumerate() {
+    let mut number = 0;
+    for pair in arguments.chunks(2) {
         let [option, value] = pair else {
             bail!("{pair:?} is no option with a value");
         };
@@ -141,8 +150,9 @@ fn stand_ins(arguments: &[String]) -> Result<Vec<String>> {
                 let kept: Vec<&str> = kept.collect();
                 let id = match rest.contains("id=") {
                     true => String::new(),
-                    false => format!(",id=device-{number}"),
+                    false => format!(",id=vfio-{number}"),
                 };
+                number += 1;
                 format!("virtio-rng-pci,{}{id}", kept.join(","))
             }
         };
