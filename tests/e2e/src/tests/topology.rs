@@ -109,7 +109,8 @@ fn start(sandbox: &Sandbox, devices: &[String], numa: bool) -> Result<BTreeMap<S
     if numa {
         command.args(NODES);
     }
-    command.args(stand_ins(devices)?);
+    let devices = stand_ins(devices)?;
+    command.args(&devices);
     let folder = sandbox.folder("qemu")?;
     let mut machine = Machine::start(&mut command, &folder)?;
     wait::until(
@@ -123,6 +124,11 @@ fn start(sandbox: &Sandbox, devices: &[String], numa: bool) -> Result<BTreeMap<S
             }
             let all_numbered = seen.values().all(|one| one.behind != Some(0));
             ensure!(all_numbered, "some bridge has no number yet");
+            // While the firmware counts, what is behind a bridge may not be found.
+            let ids = devices.iter().flat_map(|value| value.split(','));
+            let mut ids = ids.filter_map(|part| part.strip_prefix("id="));
+            let hidden = ids.find(|id| !id.starts_with("iommufd") && !seen.contains_key(*id));
+            ensure!(hidden.is_none(), "{hidden:?} is not found yet");
             Ok(seen)
         },
     )
