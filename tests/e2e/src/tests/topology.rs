@@ -127,7 +127,7 @@ fn start(sandbox: &Sandbox, devices: &[String], numa: bool) -> Result<BTreeMap<S
             // While the firmware counts, what is behind a bridge may not be found.
             let ids = devices.iter().flat_map(|value| value.split(','));
             let mut ids = ids.filter_map(|part| part.strip_prefix("id="));
-            let hidden = ids.find(|id| !id.starts_with("iommufd") && !seen.contains_key(*id));
+            let hidden = ids.find(|id| !seen.contains_key(*id));
             ensure!(hidden.is_none(), "{hidden:?} is not found yet");
             Ok(seen)
         },
