@@ -10,6 +10,7 @@
 //! - [`process`]: who answers a socket, who holds a file open.
 //! - [`attribute`]: writes to the kernel's attributes, with a deadline.
 //! - [`command`]: host programs, in the host's root, with a deadline.
+//! - [`memory`]: how much of it there is.
 //!
 //! This crate knows nothing of containerd, registries, Kata or GPUs.
 
