@@ -5,6 +5,7 @@
 use std::fmt;
 
 use tracing::{Event, Level, Subscriber};
+use tracing_subscriber::filter::Targets;
 use tracing_subscriber::fmt::FmtContext;
 use tracing_subscriber::fmt::format::{FormatEvent, FormatFields, Writer};
 use tracing_subscriber::layer::SubscriberExt as _;
@@ -39,9 +40,8 @@ where
 
 /// Begins to write; the first call counts.
 pub(crate) fn start(level: Level) {
-    let ours =
-        format!("off,kata_manager={level},km_artifacts={level},km_host={level},km_plugin={level}");
-    let filter = tracing_subscriber::EnvFilter::new(ours);
+    let ours = ["kata_manager", "km_artifacts", "km_host", "km_plugin"].map(|name| (name, level));
+    let filter = Targets::new().with_targets(ours);
     let lines = tracing_subscriber::fmt::layer()
         .event_format(Lines)
         .with_ansi(false)

@@ -25,6 +25,10 @@ use super::node::{SOON, walk};
 pub(crate) const TESTS: &[Test] = &[
     ("a_killed_pull_goes_on", a_killed_pull_goes_on),
     ("a_broken_connection_goes_on", a_broken_connection_goes_on),
+    (
+        "what_is_there_is_asked_for_once",
+        what_is_there_is_asked_for_once,
+    ),
     ("a_wrong_answer_begins_again", a_wrong_answer_begins_again),
     ("a_user_without_root", a_user_without_root),
     ("a_rate_limit_holds", a_rate_limit_holds),
@@ -187,6 +191,45 @@ fn a_killed_pull_goes_on(sandbox: &Sandbox) -> Result<()> {
     let ranged = !starts.is_empty() && starts.iter().all(|start| start.is_some_and(|at| at > 0));
     ensure!(ranged, "the image was asked for from {starts:?} on");
     site.is_whole()
+}
+
+fn what_is_there_is_asked_for_once(sandbox: &Sandbox) -> Result<()> {
+    let site = Site::start(sandbox, 3_000_000)?;
+    site.pull()?;
+    let digest = first_word(&site.pull()?.stdout);
+    let inode = fs::metadata(site.folder.join("kata.img"))?.ino();
+    site.proxy.take_requests();
+    site.proxy.take_bytes();
+    site.pull()?;
+    let asked = site.proxy.take_requests();
+    let bytes = site.proxy.take_bytes();
+    ensure!(
+        asked.len() == 1 && asked[0].header("If-None-Match") == Some(&format!("\"{digest}\"")),
+        "{asked:?}"
+    );
+    ensure!(bytes == 0, "{bytes} bytes came");
+    ensure!(fs::metadata(site.folder.join("kata.img"))?.ino() == inode);
+
+    let pinned = format!("{}@{digest}", site.proxy.reference("kata/guest"));
+    let folder = site.folder.display().to_string();
+    let words = ["artifacts", "pull", &pinned, "--to", &folder];
+    site.km.expect(&words, 0)?;
+    site.proxy.take_requests();
+    site.km.expect(&words, 0)?;
+    let asked = site.proxy.take_requests();
+    ensure!(asked.is_empty(), "for a digest that is there: {asked:?}");
+
+    // What is damaged is no answer to the question.
+    fs::remove_dir_all(site.folder.join(".store/files"))?;
+    site.pull()?;
+    site.is_whole()
+}
+
+fn first_word(text: &str) -> String {
+    text.split_whitespace()
+        .next()
+        .unwrap_or_default()
+        .to_owned()
 }
 
 fn a_broken_connection_goes_on(sandbox: &Sandbox) -> Result<()> {
