@@ -88,7 +88,12 @@ fn prepare(sandbox: &Sandbox, node: &mut Node, registry: &Registry) -> Result<Wh
     );
     node.put(CONFIG, 0o644, config.as_bytes())?;
     let cri = node.cri()?;
-    wait::until("containerd", UP, || cri.version())?;
+    if let Err(error) = wait::until("containerd", UP, || cri.version()) {
+        let state = node.shell(
+            "systemctl --no-pager status containerd-door.socket containerd-door.service containerd node-network || true; ip address",
+        );
+        return Err(error.context(format!("in the node: {}", state?)));
+    }
     for archive in images::write(sandbox.parts(), &sandbox.folder("images")?)? {
         node.put("/run/image.tar", 0o644, &fs::read(archive)?)?;
         node.shell("ctr --namespace k8s.io images import /run/image.tar")?;
