@@ -6,10 +6,27 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use km_tests_e2e::kubelet::{Allocated, Resource};
 use km_tests_e2e::node_in_a_box::{Holder, Node};
+use km_tests_e2e::sandbox::Sandbox;
+use km_tests_e2e::suite::Test;
 use km_tests_e2e::wait;
 use serde_json::{Value, json};
 
 use crate::shown::Listed;
+use crate::{devices, hardware};
+
+/// A boot of their own, of two shapes.
+pub(crate) const TESTS: &[Test] = &[
+    ("alone", |sandbox| on_a_shape(sandbox, "one-gpu", false)),
+    ("behind-switches", |sandbox| {
+        on_a_shape(sandbox, "eight-gpus", true)
+    }),
+];
+
+fn on_a_shape(sandbox: &Sandbox, shape: &str, switched: bool) -> Result<()> {
+    let (mut node, names) = hardware::boot(sandbox, shape)?;
+    node.step("bind all", devices::bind_all)?;
+    node.step("the device plugin", |node| works(node, &names[0], switched))
+}
 
 /// The emulated GPUs as a resource.
 const GPUS: &str = "nvidia.com/pgpu";
@@ -38,7 +55,7 @@ const ASK: &str = r#"ask() {
 
 /// All of it, for a node whose GPUs are on VFIO. `first` is the name of one of them; with `switched` the GPUs are behind switches that
 /// keep four of them together.
-pub(crate) fn works(node: &mut Node, first: &str, switched: bool) -> Result<()> {
+fn works(node: &mut Node, first: &str, switched: bool) -> Result<()> {
     let address = node.address(first)?;
     let kubelet = node.hold(&["/usr/bin/bash", "-c", STAND_IN])?;
     ask(node, &json!({ "start": {} }))?;
