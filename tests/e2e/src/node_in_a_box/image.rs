@@ -30,16 +30,17 @@ RestartSec=0
 OOMScoreAdjust=-1000
 ";
 
-/// The node's network: one card with the address that QEMU expects.
+/// The node's network: one card with the address that QEMU expects. It waits for the card itself and not for systemd's unit of it,
+/// which fails after ninety seconds, and without a failed unit: a busy machine may need longer.
 const NETWORK_UNIT: &str = "\
 [Unit]
 Description=Address of the only network card
-Requires=sys-subsystem-net-devices-eth0.device
-After=sys-subsystem-net-devices-eth0.device
 
 [Service]
 Type=oneshot
 RemainAfterExit=yes
+TimeoutStartSec=infinity
+ExecStartPre=/usr/bin/bash -c 'until test -e /sys/class/net/eth0; do sleep 0.1; done'
 ExecStart=/usr/sbin/ip address add 10.0.2.15/24 dev eth0
 ExecStart=/usr/sbin/ip link set eth0 up
 ExecStart=/usr/sbin/ip route add default via 10.0.2.2
