@@ -37,6 +37,9 @@ pub(crate) struct Config {
     /// Where Kata itself comes from.
     #[serde(default)]
     pub(crate) provider: Provider,
+    /// The shim that stands before Kata's.
+    #[serde(default)]
+    pub(crate) shim: Shim,
     /// The containerd to register handlers in.
     #[serde(default)]
     pub(crate) containerd: Containerd,
@@ -72,6 +75,10 @@ pub(crate) struct RuntimeClass {
     /// A containerd runtime type to put behind the handler in place of Kata, such as `io.containerd.runc.v2`.
     #[serde(default)]
     pub(crate) runtime_type: Option<String>,
+    /// The shim behind ours: Kata's, unless this says otherwise. With `runtimeType`, ours stands before it only when this is given.
+    #[serde(default)]
+    #[schemars(with = "Option<String>")]
+    pub(crate) inner_shim: Option<HostPath>,
     /// When a tag's new digest is taken.
     #[serde(default)]
     pub(crate) update: Update,
@@ -258,6 +265,51 @@ pub(crate) enum ProviderKind {
     /// Somebody else puts it there: kata-deploy, or a package.
     #[default]
     Existing,
+}
+
+/// The shim that handlers name: it checks a pod's devices and prepares them, then becomes Kata's own.
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(crate) struct Shim {
+    /// The program to install, where this program sees it; `../libexec/kata-manager/` beside it when left out. Where there is none,
+    /// handlers name Kata's own shim.
+    #[serde(default)]
+    #[schemars(with = "Option<String>")]
+    pub(crate) program: Option<std::path::PathBuf>,
+    /// What happens when something is missing that goes with a pod's devices: another function of an IOMMU group, or an NVSwitch of a
+    /// pod that has all GPUs.
+    #[serde(default)]
+    pub(crate) companions: Companions,
+    /// The kubelet's PodResources socket.
+    #[serde(default = "default_kubelet_socket")]
+    #[schemars(with = "String")]
+    pub(crate) kubelet_socket: HostPath,
+    /// The longest that a pod's start waits for the kubelet, in milliseconds. After that it fails.
+    #[serde(default = "default_kubelet_timeout")]
+    #[schemars(range(min = 50, max = 10000))]
+    pub(crate) kubelet_timeout_milliseconds: u64,
+}
+
+impl Default for Shim {
+    fn default() -> Shim {
+        Shim {
+            program: None,
+            companions: Companions::Refuse,
+            kubelet_socket: default_kubelet_socket(),
+            kubelet_timeout_milliseconds: default_kubelet_timeout(),
+        }
+    }
+}
+
+/// What happens when something is missing that goes with a pod's devices.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub(crate) enum Companions {
+    /// The pod does not start.
+    #[default]
+    Refuse,
+    /// It is added, where this Kata lets it; else the pod does not start.
+    Add,
 }
 
 /// The containerd to register handlers in.
@@ -482,6 +534,14 @@ pub(crate) struct Registry {
 
 fn default_artifacts_dir() -> HostPath {
     fixed(DEFAULT_ARTIFACTS_DIR)
+}
+
+fn default_kubelet_socket() -> HostPath {
+    fixed("/var/lib/kubelet/pod-resources/kubelet.sock")
+}
+
+fn default_kubelet_timeout() -> u64 {
+    km_shim::settings::KUBELET_TIMEOUT_MS
 }
 
 fn default_prefix() -> HostPath {

@@ -19,7 +19,7 @@ use crate::observe::{self, Observation, SeenArtifact, SeenClass};
 use crate::output;
 use crate::plan::{ClassWork, Prepared};
 use crate::progress::Shown;
-use crate::wanted;
+use crate::{programs, wanted};
 
 /// The largest configuration of an artifact that is read, in bytes.
 const CONFIGURATION_LIMIT: u64 = 1 << 20;
@@ -52,6 +52,9 @@ pub(crate) async fn execute(
     }
     for class in &seen.surplus {
         node.store.remove_class(class)?;
+    }
+    if seen.programs.change.is_some() {
+        programs::clean(node, &seen.programs)?;
     }
     forget(journal, seen)?;
     clean_up(node, journal)
@@ -95,6 +98,7 @@ async fn switch_and_register<'a>(
             node.store.activate(&class.class.name, *number)?;
         }
     }
+    programs::install(node, &seen.programs)?;
     containerd::register(node, journal, &seen.containerd, prepared).await
 }
 

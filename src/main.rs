@@ -18,6 +18,7 @@ mod node;
 mod observe;
 mod output;
 mod plan;
+mod programs;
 mod progress;
 mod remove;
 mod sizing;

@@ -19,6 +19,7 @@ use crate::config::{Artifacts, RuntimeClass, Update};
 use crate::failure::{self, Failure, Kind};
 use crate::journal::Journal;
 use crate::node::Node;
+use crate::programs::{self, SeenPrograms};
 use crate::{sizing, wanted};
 
 /// Everything that a plan is made from.
@@ -30,6 +31,8 @@ pub(crate) struct Observation {
     pub(crate) surplus: Vec<String>,
     /// containerd and its configuration.
     pub(crate) containerd: SeenContainerd,
+    /// Our programs on the host.
+    pub(crate) programs: SeenPrograms,
     /// What is missing: files of the provider, shims. Each says what to do.
     pub(crate) missing: Vec<String>,
     /// What a person should know.
@@ -93,6 +96,9 @@ pub(crate) async fn observe(
     let mut missing = missing_provider_files(node)?;
     let containerd = containerd::containerd(node, journal).await?;
     missing.extend(containerd::missing_shims(node, &containerd)?);
+    let programs = programs::observe(node, containerd.version)?;
+    missing.extend(programs::missing(node)?);
+    warnings.extend(programs.warnings.iter().cloned());
     let mut digests = Digests {
         client,
         known: BTreeMap::new(),
@@ -125,6 +131,7 @@ pub(crate) async fn observe(
         classes,
         surplus,
         containerd,
+        programs,
         missing,
         warnings,
     })

@@ -9,7 +9,9 @@ use km_artifacts::digest::Digest;
 use km_containerd_config::place::Placed;
 use serde::{Deserialize, Serialize};
 
-pub(crate) use containerd::{Allowed, ChangedFile, Drifted, changed_files, indented, place, users};
+pub(crate) use containerd::{
+    Allowed, ChangedFile, Drifted, changed_files, diff, indented, place, users,
+};
 
 use crate::config::Config;
 use crate::failure::Failure;
@@ -50,6 +52,8 @@ pub(crate) enum Step {
         to: u64,
         displaces: Option<String>,
     },
+    /// Bring our shim, its links and its settings, or take them away.
+    Shim(crate::programs::Change),
     /// Change containerd's configuration.
     Containerd {
         files: Vec<ChangedFile>,
@@ -128,6 +132,7 @@ pub(crate) fn make(
     for class in &seen.classes {
         classes.push(plan_class(class, &mut steps));
     }
+    steps.extend(seen.programs.change.clone().map(Step::Shim));
     let placed = containerd::place(config, &seen.containerd, allowed)?;
     containerd::refuse_in_use(&seen.containerd, &placed)?;
     let restart_owed =
@@ -327,6 +332,7 @@ impl Step {
                     "  ~ {class} -> generation {to} (now {from}); running pods keep what they started with"
                 )
             }
+            Step::Shim(change) => change.write_text(out),
             Step::Containerd {
                 files,
                 adopted,

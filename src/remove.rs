@@ -1,4 +1,4 @@
-//! Uninstall: the inverse edit of containerd's configuration, then everything of ours in the artifacts folder.
+//! Uninstall: the inverse edit of containerd's configuration, then our programs and everything of ours in the artifacts folder.
 
 use anyhow::Result;
 use km_containerd_config::ContainerdVersion;
@@ -19,7 +19,7 @@ use crate::plan;
 const ANY_VERSION: ContainerdVersion = ContainerdVersion::new(2, 0, 0);
 
 /// What uninstalling did.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct Removed {
     /// Handlers that are gone.
@@ -34,6 +34,10 @@ pub(crate) struct Removed {
     pub(crate) cdi_specs: Vec<String>,
     /// Files with rules of `devices bind --persist` that are gone.
     pub(crate) udev_rules: Vec<String>,
+    /// Programs of ours, with their links and settings, that are gone.
+    pub(crate) programs: Vec<String>,
+    /// What stays, and what still needs it.
+    pub(crate) held: Vec<String>,
 }
 
 /// Whether there is anything of ours on the node.
@@ -108,6 +112,14 @@ pub(crate) fn udev_rules(node: &Node, removed: &mut Removed) -> Result<()> {
     if km_vfio::persist::remove(&node.root)? {
         removed.udev_rules.push(km_vfio::persist::RULES.to_owned());
     }
+    Ok(())
+}
+
+/// Removes the shim, its links and its settings, unless a sandbox still needs them.
+pub(crate) fn programs(node: &Node, removed: &mut Removed) -> Result<()> {
+    let (gone, held) = crate::programs::remove(node)?;
+    removed.programs.extend(gone);
+    removed.held.extend(held);
     Ok(())
 }
 

@@ -8,6 +8,7 @@ use km_runtimeclasses::{ClassKind, POD_ANNOTATIONS, Provider, Runtime};
 use serde_json::json;
 
 use crate::config::{Config, HandlerSettings, KataRuntime, RuntimeClass};
+use crate::programs;
 
 /// The name of the derived Kata configuration in a generation, and so of the file that a handler points at.
 pub(crate) const CONFIGURATION: &str = "configuration.toml";
@@ -35,15 +36,17 @@ pub(crate) fn provider(config: &Config) -> Provider {
 }
 
 /// The handlers for this version of containerd.
-pub(crate) fn handlers(config: &Config, version: ContainerdVersion) -> Vec<Handler> {
+///
+/// `shim` says whether our shim is there to stand before Kata's.
+pub(crate) fn handlers(config: &Config, version: ContainerdVersion, shim: bool) -> Vec<Handler> {
     config
         .runtime_classes
         .iter()
-        .map(|class| handler(config, class).for_version(version))
+        .map(|class| handler(config, class, shim).for_version(version))
         .collect()
 }
 
-fn handler(config: &Config, class: &RuntimeClass) -> Handler {
+fn handler(config: &Config, class: &RuntimeClass, shim: bool) -> Handler {
     let name = class.handler();
     let annotations: Vec<String> = POD_ANNOTATIONS.iter().map(ToString::to_string).collect();
     let mut handler = Handler {
@@ -67,6 +70,9 @@ fn handler(config: &Config, class: &RuntimeClass) -> Handler {
             );
             handler.privileged_without_host_devices = true;
         }
+    }
+    if shim && programs::fronts(class) {
+        handler.runtime_path = Some(programs::link(name));
     }
     overridden(handler, &class.handler_settings)
 }

@@ -2,6 +2,7 @@
 #![no_main]
 
 mod targets {
+    pub(crate) mod bundle;
     pub(crate) mod cdi;
     pub(crate) mod containerd_edit;
     pub(crate) mod containerd_imports;
@@ -13,6 +14,7 @@ mod targets {
     pub(crate) mod kata_configuration;
     pub(crate) mod manifest;
     pub(crate) mod plugin;
+    pub(crate) mod podresources;
     pub(crate) mod qemu_argv;
     pub(crate) mod reference;
     pub(crate) mod signatures;
@@ -27,6 +29,7 @@ use libfuzzer_sys::fuzz_target;
 type Target = fn(&[u8]);
 
 const TARGETS: &[(&str, Target)] = &[
+    ("bundle", targets::bundle::run),
     ("cdi", targets::cdi::run),
     ("containerd_edit", targets::containerd_edit::run),
     ("containerd_imports", targets::containerd_imports::run),
@@ -38,6 +41,7 @@ const TARGETS: &[(&str, Target)] = &[
     ("kata_configuration", targets::kata_configuration::run),
     ("manifest", targets::manifest::run),
     ("plugin", targets::plugin::run),
+    ("podresources", targets::podresources::run),
     ("qemu_argv", targets::qemu_argv::run),
     ("reference", targets::reference::run),
     ("signatures", targets::signatures::run),

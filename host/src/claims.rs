@@ -10,9 +10,11 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::lock::{Lock, LockError};
 use crate::{Error, HostPath, Root, atomic};
 
 /// The folder of the claims, on the host.
@@ -23,6 +25,9 @@ const FORMAT: u32 = 1;
 
 /// The largest claim that is read, in bytes: a sandbox has tens of devices, not thousands.
 const LARGEST: u64 = 256 * 1024;
+
+/// The lock's name in the folder.
+const LOCK: &str = ".lock";
 
 /// The longest sandbox id. containerd's identifiers have at most 76 characters (containerd, pkg/identifiers/validate.go).
 const ID_MAX: usize = 76;
@@ -152,6 +157,43 @@ impl<'a> Claims<'a> {
             .and_then(|()| fs::hard_link(&temp, &path).map_err(Error::io("create", &path)));
         atomic::remove_file(&temp)?;
         made
+    }
+
+    /// Keeps everybody else from making or dropping claims until the lock is let go. Whoever looks whether a device is free and then
+    /// claims it holds this.
+    ///
+    /// # Errors
+    /// When somebody else holds it for as long as `wait`, or the folder cannot be made.
+    pub fn lock(&self, wait: Duration) -> Result<Lock, LockError> {
+        atomic::create_dir_all(&self.dir, 0o755)?;
+        Lock::acquire(&self.dir.join(LOCK), wait)
+    }
+
+    /// Drops claims whose sandboxes live no more, and what a killed maker left; gives those that live. The lock must be held.
+    ///
+    /// # Errors
+    /// When the folder cannot be listed or a file not removed.
+    pub fn sweep(&self) -> Result<Vec<Found>, Error> {
+        let mut living = Vec::new();
+        for found in self.list()? {
+            match &found {
+                Found::Claim(claim) if !self.is_alive(claim) => self.remove(&claim.sandbox)?,
+                _ => living.push(found),
+            }
+        }
+        let entries = match fs::read_dir(&self.dir) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(living),
+            Err(error) => return Err(Error::io("list", &self.dir)(error)),
+        };
+        for entry in entries {
+            let entry = entry.map_err(Error::io("list", &self.dir))?;
+            let name = entry.file_name();
+            if name.as_encoded_bytes().starts_with(b".") && name != LOCK {
+                atomic::remove_file(&entry.path())?;
+            }
+        }
+        Ok(living)
     }
 
     /// All claims, alive or not, in the order of their sandboxes' ids.
@@ -412,6 +454,31 @@ mod tests {
             ["bad.json", "big.json", "link.json", "other.json"]
         );
         assert_eq!(found.len(), 5);
+    }
+
+    #[test]
+    fn sweeping_drops_the_dead_and_leaves_the_rest() {
+        let (dir, claims) = host();
+        let lock = claims.lock(Duration::ZERO).unwrap();
+        assert!(claims.lock(Duration::ZERO).is_err());
+        let mut dead = claim("dead");
+        dead.process.boot = "an earlier boot".to_owned();
+        claims.create(&dead).unwrap();
+        claims.create(&claim("alive")).unwrap();
+        let folder = dir.path().join("run/kata-manager/sandboxes");
+        fs::write(folder.join("odd.json"), "{").unwrap();
+        fs::write(folder.join(".dead.77"), "{").unwrap();
+        let living = claims.sweep().unwrap();
+        assert_eq!(living[0], Found::Claim(claim("alive")));
+        assert!(matches!(living[1..], [Found::Unreadable { .. }]));
+        let mut names: Vec<_> = fs::read_dir(&folder)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        assert_eq!(names, [".lock", "alive.json", "odd.json"]);
+        drop(lock);
+        drop(claims.lock(Duration::ZERO).unwrap());
     }
 
     #[test]

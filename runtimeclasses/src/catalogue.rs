@@ -32,7 +32,8 @@ impl Provider {
     pub const DEFAULT_PREFIX: &str = "/opt/kata";
 
     /// A path below the prefix.
-    pub(crate) fn path(&self, relative: &str) -> String {
+    /// A path below the prefix.
+    pub fn path(&self, relative: &str) -> String {
         format!("{}/{relative}", self.prefix.trim_end_matches('/'))
     }
 }

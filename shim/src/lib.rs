@@ -4,7 +4,12 @@
 //!
 //! - [`settings`]: what is configured for a handler.
 //! - [`call`]: what containerd asks for.
-//! - [`kata`], [`table`]: which Kata there is, and what is done with a device from where.
+//! - [`bundle`]: config.json, read and written.
+//! - [`table`]: what is done with a device, by where it comes from.
+//! - [`kubelet`], [`look`]: what is asked and looked at.
+//! - [`decide`]: from all of that to what is done. Pure.
+//! - [`prepare`]: a sandbox's `start` from beginning to end.
+//! - [`record`]: the log.
 //! - [`launch`]: the second program, which stands in QEMU's place and checks what Kata made of the devices.
 //!
 //! It must not know containerd's configuration, registries, or Kubernetes beyond the kubelet's PodResources API; it links
@@ -18,9 +23,14 @@
     )
 )]
 
+pub mod bundle;
 pub mod call;
-pub mod kata;
+pub mod decide;
+pub mod kubelet;
 pub mod launch;
+pub mod look;
+pub mod prepare;
+pub mod record;
 mod run;
 pub mod settings;
 pub mod table;

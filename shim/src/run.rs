@@ -6,10 +6,13 @@ use std::io::{self, Write as _};
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
-use km_host::{HostPath, Root};
+use km_host::{Error, HostPath, Root};
 
-use crate::call;
+use crate::call::{self, Start};
+use crate::prepare::{self, Prepared};
+use crate::record::{self, Level};
 use crate::settings::{self, Settings, SettingsError};
 
 /// Where the host's root is mounted, for containers and tests; `/` when it is not set.
@@ -17,6 +20,9 @@ const HOST_ROOT: &str = "KATA_MANAGER_HOST_ROOT";
 
 /// What a refused start exits with: 3, as kata-manager itself (refused), and 1 when the inner shim cannot be run.
 const REFUSED: u8 = 3;
+
+/// The longest that preparing may take; it takes milliseconds. The kubelet has a deadline of its own, in the settings.
+const DEADLINE: Duration = Duration::from_secs(15);
 
 /// Does what `argv` asks for. It comes back only when the inner shim is not run; that has been said on standard error, which
 /// containerd hands on to the kubelet.
@@ -44,14 +50,83 @@ fn become_inner(argv: &[OsString]) -> Result<Infallible, Refused> {
     let root = std::env::var_os(HOST_ROOT).unwrap_or_else(|| "/".into());
     let root = Root::new(&root).map_err(|error| Refused::Host(chain(&error)))?;
     let found = load(&root, program);
-    let inner = match (found, call::parse(argv)) {
-        (Ok(settings), _) => settings.inner_shim,
-        (Err(error), Some(_)) => return Err(error.into()),
+    match (found, call::parse(argv)) {
+        (Ok(settings), Some(start)) => start_sandbox(&root, &settings, &start, argv),
+        (Ok(settings), None) => exec(&root, &settings.inner_shim, argv),
+        (Err(error), Some(_)) => Err(error.into()),
         // A sandbox that outlives its handler's settings must still come to its end.
-        (Err(_), None) => HostPath::new(settings::DEFAULT_INNER)
-            .map_err(|error| Refused::Host(error.to_string()))?,
+        (Err(_), None) => {
+            let inner = HostPath::new(settings::DEFAULT_INNER);
+            exec(
+                &root,
+                &inner.map_err(|error| Refused::Host(error.to_string()))?,
+                argv,
+            )
+        }
+    }
+}
+
+fn start_sandbox(
+    root: &Root,
+    settings: &Settings,
+    start: &Start,
+    argv: &[OsString],
+) -> Result<Infallible, Refused> {
+    watch();
+    let prepare = || {
+        let dir = std::env::current_dir().map_err(Error::io("find", "the bundle"))?;
+        prepare::prepare(root, settings, start, &dir)
     };
-    exec(&root, &inner, argv)
+    match prepare() {
+        Ok(None) => {}
+        Ok(Some(prepared)) => {
+            record::say(root, Level::Info, &start.id, &words(settings, &prepared))
+        }
+        Err(error) => {
+            let why = chain(&error);
+            record::say(root, Level::Error, &start.id, &why);
+            return Err(Refused::Host(why));
+        }
+    }
+    let Err(refused) = exec(root, &settings.inner_shim, argv);
+    prepare::take_back(root, start);
+    record::say(root, Level::Error, &start.id, &refused.to_string());
+    Err(refused)
+}
+
+/// Ends a start that does not come to an end: a file of the kernel's that a broken device does not answer, for one. The thread ends with
+/// this program's image when the inner shim takes its place.
+fn watch() {
+    let late = || {
+        std::thread::sleep(DEADLINE);
+        // Nobody is left to tell when this fails.
+        let _ = writeln!(
+            io::stderr(),
+            "kata-manager: this node's devices could not be checked within {DEADLINE:?}: something does not answer; see \"kata-manager devices list\""
+        );
+        std::process::exit(i32::from(REFUSED));
+    };
+    // Without the thread the start is not bounded, and still right.
+    let _ = std::thread::Builder::new().spawn(late);
+}
+
+fn words(settings: &Settings, prepared: &Prepared) -> String {
+    let pod = prepared.pod.as_ref();
+    let pod = pod.map_or_else(String::new, |(namespace, name)| {
+        format!("pod {namespace}/{name}, ")
+    });
+    let devices = &prepared.decision.devices;
+    let devices: Vec<&str> = devices
+        .iter()
+        .map(|device| device.address.as_str())
+        .collect();
+    format!(
+        "{pod}handler {}, {} devices [{}], {} nodes written",
+        settings.handler,
+        devices.len(),
+        devices.join(" "),
+        prepared.decision.write.len()
+    )
 }
 
 /// Becomes a program, with our arguments, environment, folder and descriptors.

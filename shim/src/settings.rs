@@ -5,10 +5,10 @@ use std::io::Read as _;
 use std::path::Path;
 
 use km_host::{HostPath, Root};
+use km_topology::Kata;
 use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 
-use crate::kata::Kata;
 use crate::launch::Launch;
 use crate::table::Containerd;
 
@@ -22,8 +22,8 @@ pub const LIMIT: u64 = 64 << 10;
 /// outlives them can be ended.
 pub const DEFAULT_INNER: &str = "/opt/kata/bin/containerd-shim-kata-v2";
 
-/// The longest that the kubelet is waited for unless told otherwise, in milliseconds. containerd gives a shim's `start` no deadline of its own, and the kubelet
-/// gives all of a sandbox's start two minutes (kubelet, `runtimeRequestTimeout`).
+/// The longest that the kubelet is waited for unless told otherwise, in milliseconds. containerd gives a shim's `start` no deadline of
+/// its own, and the kubelet gives all of a sandbox's start two minutes (kubelet, `runtimeRequestTimeout`).
 pub const KUBELET_TIMEOUT_MS: u64 = 1500;
 
 /// The settings of a handler.

@@ -10,7 +10,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::kata::{Flavor, Kata};
+use km_topology::{Flavor, Kata};
 
 /// Where a device of a sandbox comes from, in the order of authority.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -361,7 +361,7 @@ pub fn look_up(source: Source, case: Case) -> Option<&'static Rule> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kata::Version;
+    use km_topology::Version;
 
     pub(crate) fn cases() -> Vec<Case> {
         let mut cases = Vec::new();

@@ -6,7 +6,7 @@ use serde::Serialize;
 use super::Global;
 use crate::journal::Journal;
 use crate::node::Node;
-use crate::{observe, output, plan, wanted};
+use crate::{observe, output, plan, programs, wanted};
 use km_containerd_config::ContainerdVersion;
 use km_containerd_config::edit::Owner;
 use km_containerd_config::live::LiveHandlers;
@@ -67,7 +67,7 @@ async fn look(node: &Node) -> Result<Status> {
     let effective = observe::files(node, rules)
         .ok()
         .map(|(_, effective)| effective);
-    let wanted = wanted::handlers(&node.config, rules);
+    let wanted = wanted::handlers(&node.config, rules, programs::available(&node.config));
     let drifts = effective
         .as_ref()
         .map(|effective| place::drift(effective, &wanted));

@@ -22,7 +22,8 @@ pub(super) async fn run(global: &Global, arguments: &Arguments) -> Result<()> {
         // These need neither containerd nor the store.
         remove::cdi_specs(&node, &mut removed)?;
         remove::udev_rules(&node, &mut removed)?;
-        let text = match removed.cdi_specs.is_empty() && removed.udev_rules.is_empty() {
+        remove::programs(&node, &mut removed)?;
+        let text = match removed == Removed::default() {
             true => "Nothing to do: nothing of kata-manager is on this node.\n".to_owned(),
             false => text(&removed),
         };
@@ -34,6 +35,7 @@ pub(super) async fn run(global: &Global, arguments: &Arguments) -> Result<()> {
     remove::handlers(&node, &mut journal, &seen, arguments.force, &mut removed).await?;
     remove::cdi_specs(&node, &mut removed)?;
     remove::udev_rules(&node, &mut removed)?;
+    remove::programs(&node, &mut removed)?;
     remove::artifacts(&node, &journal, &mut removed)?;
     output::result(global.output, "Uninstalled", &removed, &text(&removed))
 }
@@ -54,8 +56,18 @@ fn text(removed: &Removed) -> String {
     );
     say("CDI specs removed", &removed.cdi_specs);
     say("udev rules removed", &removed.udev_rules);
+    say("Programs removed", &removed.programs);
+    if removed.held.is_empty() {
+        out.push_str(
+            "Done: nothing of kata-manager is left on this node but its configuration file.\n",
+        );
+        return out;
+    }
+    for held in &removed.held {
+        out.push_str(&format!("Stays: {held}\n"));
+    }
     out.push_str(
-        "Done: nothing of kata-manager is left on this node but its configuration file.\n",
+        "Done, but for what stays: containerd gives a sandbox up whose shim is gone. Uninstall again when it has ended.\n",
     );
     out
 }

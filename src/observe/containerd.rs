@@ -15,7 +15,7 @@ use crate::failure::{Failure, Kind};
 use crate::flavor;
 use crate::journal::Journal;
 use crate::node::Node;
-use crate::wanted;
+use crate::{programs, wanted};
 
 /// containerd and its configuration.
 #[derive(Debug)]
@@ -81,7 +81,7 @@ pub(crate) async fn containerd(node: &Node, journal: &Journal) -> Result<SeenCon
         cri: wanted::cri_settings(&node.config, version),
         live: LiveHandlers::from_cri_config(&status.config),
         sandboxes,
-        wanted: wanted::handlers(&node.config, version),
+        wanted: wanted::handlers(&node.config, version, programs::available(&node.config)),
         recorded: journal.record().handlers.clone(),
     })
 }
@@ -106,6 +106,7 @@ pub(super) fn missing_shims(node: &Node, containerd: &SeenContainerd) -> Result<
     Ok(containerd
         .wanted
         .iter()
+        .filter(|handler| !programs::is_ours(handler))
         .filter_map(resolve)
         .map(|error| error.to_string())
         .collect())

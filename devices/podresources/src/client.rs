@@ -170,6 +170,20 @@ impl Client {
     }
 }
 
+/// Reads an answer to `List` from its bytes, as [`Client::list`] does. For tests.
+///
+/// # Errors
+/// [`Error::Malformed`].
+#[cfg(any(test, feature = "server"))]
+pub fn decode_list(bytes: &[u8]) -> Result<Vec<Pod>, Error> {
+    let call = "List";
+    let answer: wire::ListPodResourcesResponse =
+        prost::Message::decode(bytes).map_err(|error| malformed(call, &error.to_string()))?;
+    let mut left = MAX_DEVICES;
+    let pods = answer.pod_resources.into_iter();
+    pods.map(|pod| self::pod(call, pod, &mut left)).collect()
+}
+
 fn malformed(call: &'static str, what: &str) -> Error {
     Error::Malformed {
         call,

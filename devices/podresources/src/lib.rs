@@ -15,6 +15,8 @@ mod wire;
 #[cfg(any(test, feature = "server"))]
 pub mod wire;
 
+#[cfg(any(test, feature = "server"))]
+pub use client::decode_list;
 pub use client::{Client, MAX_ANSWER};
 pub use error::Error;
 /// The status code of a failed call, as gRPC numbers them.

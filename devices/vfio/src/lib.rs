@@ -1,6 +1,7 @@
 //! NVIDIA functions on a host's PCI bus: what is there, who uses it, and handing it to VFIO and back.
 //!
 //! - [`Inventory`]: a snapshot of the functions, the groups that they share and the way up to the processor, from sysfs.
+//! - [`glance`]: a quick look at a few functions, for whoever has a millisecond.
 //! - [`users`]: which processes hold a function.
 //! - [`plan`]: what binding and unbinding would do, or why it is refused.
 //! - [`apply`]: doing it, and putting everything back when a step fails.
@@ -23,6 +24,7 @@
 mod address;
 pub mod alias;
 pub mod apply;
+pub mod glance;
 pub mod ids;
 mod inventory;
 mod observe;

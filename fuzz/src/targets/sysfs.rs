@@ -33,7 +33,10 @@ const LINKS: &[&str] = &["driver", "iommu_group"];
 
 pub(crate) fn run(bytes: &[u8]) {
     let root = Tree::new();
-    for record in bytes.split(|byte| *byte == 0).take(FILES.len() + LINKS.len()) {
+    for record in bytes
+        .split(|byte| *byte == 0)
+        .take(FILES.len() + LINKS.len())
+    {
         root.replace(record);
     }
     let Ok(host) = Root::new(&root.0) else { return };

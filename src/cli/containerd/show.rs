@@ -65,7 +65,11 @@ async fn look(node: &Node) -> Result<Shown> {
     let known = asked.as_ref().ok();
     let version = known.and_then(|(version, _)| version.parse().ok());
     let (_, effective) = observe::files(node, version.unwrap_or(ASSUMED))?;
-    let wanted = wanted::handlers(&node.config, version.unwrap_or(ASSUMED));
+    let wanted = wanted::handlers(
+        &node.config,
+        version.unwrap_or(ASSUMED),
+        crate::programs::available(&node.config),
+    );
     let drifts = place::drift(&effective, &wanted);
     Ok(Shown {
         flavor,

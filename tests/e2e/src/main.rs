@@ -53,17 +53,27 @@ fn main() -> Result<ExitCode> {
         ("transfer", tests::transfer::TESTS),
         ("trust", tests::trust::TESTS),
     ];
-    let tests = subjects
-        .iter()
-        .flat_map(|(subject, tests)| tests.iter().map(|test| (*subject, *test)));
-    let trials: Vec<Trial> = tests
-        .map(|(subject, test)| suite::trial(subject, test, &sandbox))
-        .collect();
-    let done = libtest_mimic::run(&arguments, trials);
+    // These have what is one for the whole sandbox, such as /opt/kata-manager, which every uninstall cleans: they come after the others.
+    let alone = [("shim", tests::shim::TESTS)];
+    let run = |subjects: &[(&'static str, &[suite::Test])]| {
+        let tests = subjects
+            .iter()
+            .flat_map(|(subject, tests)| tests.iter().map(|test| (*subject, *test)));
+        let trials: Vec<Trial> = tests
+            .map(|(subject, test)| suite::trial(subject, test, &sandbox))
+            .collect();
+        libtest_mimic::run(&arguments, trials)
+    };
+    let beside_each_other = run(&subjects);
     if tests::faults::survived() > 0 {
         say_faults();
     }
-    Ok(done.exit_code())
+    let one_by_one = run(&alone);
+    Ok(if beside_each_other.has_failed() {
+        beside_each_other.exit_code()
+    } else {
+        one_by_one.exit_code()
+    })
 }
 
 #[expect(

@@ -166,6 +166,8 @@ impl Device {
         if let Some(driver) = &self.driver {
             fs::create_dir_all(root.join("sys/bus/pci/drivers").join(driver)).unwrap();
             symlink(format!("{up}bus/pci/drivers/{driver}"), dir.join("driver")).unwrap();
+            let listed = root.join(format!("sys/bus/pci/drivers/{driver}/{}", self.address));
+            symlink(Path::new("../../../..").join(inside), listed).unwrap();
         }
         if let Some(group) = self.group {
             let devices = root.join(format!("sys/kernel/iommu_groups/{group}/devices"));
@@ -179,6 +181,11 @@ impl Device {
             let vfio = dir.join(format!("vfio-dev/vfio{number}"));
             fs::create_dir_all(&vfio).unwrap();
             fs::write(vfio.join("dev"), format!("511:{number}\n")).unwrap();
+            let devices = root.join("sys/class/vfio-dev");
+            fs::create_dir_all(&devices).unwrap();
+            let name = format!("vfio{number}");
+            let target = Path::new("../..").join(inside).join("vfio-dev").join(&name);
+            symlink(target, devices.join(&name)).unwrap();
             let class = root.join(format!("sys/class/vfio/{group}"));
             fs::create_dir_all(&class).unwrap();
             fs::write(class.join("dev"), format!("243:{group}\n")).unwrap();

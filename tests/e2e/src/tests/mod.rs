@@ -16,6 +16,7 @@ mod node;
 pub(crate) mod others;
 pub(crate) mod plugin;
 pub(crate) mod registries;
+pub(crate) mod shim;
 pub(crate) mod topology;
 pub(crate) mod transfer;
 pub(crate) mod trust;

@@ -276,8 +276,14 @@ impl Node {
 
     /// That a pod on [`DEMO`] runs.
     pub(crate) fn demo_runs(&self) -> Result<()> {
-        let said = self.containerd.cri().prove_handler(DEMO, images::BUSYBOX)?;
-        ensure!(said.contains(DEMO), "the pod said {said:?}");
+        self.demo_on(DEMO)
+    }
+
+    /// That a pod on a handler runs.
+    pub(crate) fn demo_on(&self, handler: &str) -> Result<()> {
+        let cri = self.containerd.cri();
+        let said = cri.prove_handler(handler, images::BUSYBOX)?;
+        ensure!(said.contains(handler), "the pod said {said:?}");
         Ok(())
     }
 

@@ -1,3 +1,0 @@
-//! Which Kata the inner shim is: the planner's terms.
-
-pub use km_topology::{Flavor, Kata, Version};

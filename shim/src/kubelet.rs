@@ -1,0 +1,91 @@
+//! Asks the kubelet which devices a pod has: `Get`, and `List` where it does not serve that. Fails closed: a kubelet that is there and
+//! does not answer in time ends the start.
+
+use std::time::Duration;
+
+use km_host::{Error, Root};
+use km_podresources::{Client, Pod};
+use rustix::fs::OFlags;
+
+use crate::decide::Given;
+use crate::settings::Settings;
+
+/// Why it is not known what the kubelet gave.
+#[derive(Debug, thiserror::Error)]
+pub enum AskError {
+    /// The kubelet.
+    #[error(transparent)]
+    Kubelet(#[from] km_podresources::Error),
+    /// The kubelet does not have the pod.
+    #[error("the kubelet's PodResources List has no pod {namespace}/{name}")]
+    NoPod {
+        /// Its namespace.
+        namespace: String,
+        /// Its name.
+        name: String,
+    },
+    /// The host.
+    #[error(transparent)]
+    Host(#[from] Error),
+    /// No runtime for the call.
+    #[error("cannot prepare to ask the kubelet")]
+    Runtime(#[source] std::io::Error),
+}
+
+/// Asks about a pod. Without a pod, or where no socket is, there is no kubelet to ask.
+///
+/// # Errors
+/// [`AskError`].
+pub fn ask(
+    root: &Root,
+    settings: &Settings,
+    pod: Option<&(String, String)>,
+) -> Result<Given, AskError> {
+    let socket = &settings.kubelet_socket;
+    let there = match root.open(socket.as_path(), OFlags::PATH) {
+        Ok(_) => true,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => false,
+        Err(error) => return Err(Error::io("look at", socket.as_path())(error).into()),
+    };
+    let (true, Some((namespace, name))) = (there, pod) else {
+        return Ok(Given::NoKubelet);
+    };
+    let socket = root.resolve(socket)?;
+    let within = Duration::from_millis(settings.kubelet_timeout_ms);
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .enable_time()
+        .build()
+        .map_err(AskError::Runtime)?;
+    runtime.block_on(async {
+        let client = Client::connect(&socket, within).await?;
+        match client.get(namespace, name).await {
+            Ok(pod) => Ok(given(&pod, true)),
+            Err(error) if error.is_unsupported() => {
+                let pods = client.list().await?;
+                let mut pods = pods.iter();
+                let pod = pods.find(|pod| pod.namespace == *namespace && pod.name == *name);
+                pod.map(|pod| given(pod, false))
+                    .ok_or_else(|| AskError::NoPod {
+                        namespace: namespace.clone(),
+                        name: name.clone(),
+                    })
+            }
+            Err(error) => Err(error.into()),
+        }
+    })
+}
+
+fn given(pod: &Pod, serves_get: bool) -> Given {
+    let plugin = pod.plugin_devices();
+    let claims = pod
+        .claim_devices()
+        .flat_map(|claim| claim.cdi.iter().cloned());
+    Given::Pod {
+        plugin: plugin
+            .map(|(resource, id)| format!("{resource}={id}"))
+            .collect(),
+        claims: claims.collect(),
+        serves_get,
+    }
+}
