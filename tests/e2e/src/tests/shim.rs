@@ -57,7 +57,7 @@ fn inner(sandbox: &Sandbox) -> PathBuf {
 
 /// One after the other: what is installed has one place.
 fn lives(sandbox: &Sandbox) -> Result<()> {
-    let _installed = sandbox.show(&sandbox.folder("installed")?, INSTALLED.as_ref())?;
+    sandbox.cover("/opt".as_ref())?;
     let _settings = sandbox.show(&sandbox.folder("settings")?, SETTINGS.as_ref())?;
     for version in Version::ALL {
         lives_in(sandbox, version).with_context(|| format!("{version:?}"))?;
@@ -150,13 +150,10 @@ fn lives_in(sandbox: &Sandbox, version: Version) -> Result<()> {
     cri.remove_sandbox(&pod.sandbox)?;
     ensure!(!bundle.exists(), "the bundle stays");
     node.km.expect(&["uninstall"], 0)?;
-    for folder in [INSTALLED, SETTINGS] {
-        ensure!(
-            names(folder.as_ref())?.is_empty(),
-            "{:?} stays",
-            walk(folder.as_ref())?
-        );
-    }
+    let left = names(SETTINGS.as_ref())?;
+    ensure!(left.is_empty(), "{left:?} is left in {SETTINGS}");
+    let left = walk(INSTALLED.as_ref())?;
+    ensure!(left.is_empty(), "{left:?} is left");
     node.is_clean(&original)
 }
 
@@ -274,14 +271,18 @@ fn killed(sandbox: &Sandbox) -> Result<()> {
         );
         // containerd removes the bundle of a start that failed.
         fs::remove_dir_all(&bundle)?;
-        let (next, bundle) = start("next", None)?;
+        let id = format!("next-{nth}");
+        let (next, bundle) = start(&id, None)?;
         ensure!(
             next.finished.code() == Some(0),
             "{when}: the next start {:?}",
             next.finished
         );
         let left = names(&root.join("run/kata-manager/sandboxes"))?;
-        ensure!(left == [".lock", "next.json"], "{when}: {left:?} is left");
+        ensure!(
+            left == [".lock".to_owned(), format!("{id}.json")],
+            "{when}: {left:?} is left"
+        );
         fs::remove_dir_all(&bundle)?;
     }
     Ok(())
