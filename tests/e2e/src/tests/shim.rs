@@ -58,7 +58,8 @@ fn inner(sandbox: &Sandbox) -> PathBuf {
 /// One after the other: what is installed has one place.
 fn lives(sandbox: &Sandbox) -> Result<()> {
     sandbox.cover("/opt".as_ref())?;
-    let _settings = sandbox.show(&sandbox.folder("settings")?, SETTINGS.as_ref())?;
+    fs::create_dir_all(SETTINGS)?;
+    sandbox.cover(SETTINGS.as_ref())?;
     for version in Version::ALL {
         lives_in(sandbox, version).with_context(|| format!("{version:?}"))?;
     }
