@@ -131,18 +131,18 @@ mod tests {
 
     #[test]
     fn a_function_is_seen_as_sysfs_shows_it() {
-        let gpu = |address, state| {
+        let gpu = |address, vfio, state| {
             device(address, shapes::H100, shapes::GPU)
                 .group(1)
-                .vfio(0)
+                .vfio(vfio)
                 .with("aer_dev_fatal", ERRORS)
                 .with("power_state", state)
         };
-        let mut off = gpu("0000:02:00.0", "D3cold\n");
+        let mut off = gpu("0000:02:00.0", 2, "D3cold\n");
         off.dead = true;
-        let mut dead = gpu("0000:03:00.0", "unknown\n");
+        let mut dead = gpu("0000:03:00.0", 3, "unknown\n");
         dead.dead = true;
-        let machine = Machine::new(vec![gpu("0000:01:00.0", "D0\n"), off, dead]);
+        let machine = Machine::new(vec![gpu("0000:01:00.0", 1, "D0\n"), off, dead]);
         let dir = tempfile::tempdir().unwrap();
         machine.write(dir.path());
         let root = Root::new(dir.path()).unwrap();

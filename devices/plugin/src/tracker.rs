@@ -194,12 +194,16 @@ mod tests {
 
     #[test]
     fn a_group_that_changes_hands_is_told() {
-        let gpu = |address| device(address, shapes::L40, shapes::GPU).group(9).vfio(1);
+        let gpu = |address, vfio| {
+            device(address, shapes::L40, shapes::GPU)
+                .group(9)
+                .vfio(vfio)
+        };
         let tracker = &mut Tracker::default();
-        let second = Machine::new(vec![gpu("0000:02:00.0")]);
+        let second = Machine::new(vec![gpu("0000:02:00.0", 2)]);
         assert_eq!(see(tracker, &second).of(&pgpu()).len(), 1);
         // With another at a lower address the group goes by that name, and the old one is not told twice.
-        let both = Machine::new(vec![gpu("0000:01:00.0"), gpu("0000:02:00.0")]);
+        let both = Machine::new(vec![gpu("0000:01:00.0", 1), gpu("0000:02:00.0", 2)]);
         let snapshot = see(tracker, &both);
         let ids: Vec<String> = snapshot
             .of(&pgpu())
@@ -209,7 +213,7 @@ mod tests {
         assert_eq!(ids, ["0000:01:00.0"]);
         // A stranger in the group keeps it from being given away.
         let card = device("0000:03:00.0", (0x8086, 0x1572), 0x02_0000);
-        let foreign = Machine::new(vec![gpu("0000:01:00.0"), card.group(9).driver("i40e")]);
+        let foreign = Machine::new(vec![gpu("0000:01:00.0", 1), card.group(9).driver("i40e")]);
         let snapshot = see(tracker, &foreign);
         let cause = snapshot.of(&pgpu())[0].causes[0].to_string();
         // The second function is gone from the bus, which says more than the group does.

@@ -1,11 +1,11 @@
 //! The PCIe topology of a guest that is given devices: which ports there are, behind which of them each device stands, and what
 //! Kata must be told so that it makes them.
 //!
-//! [`Request`] goes in, [`plan`] gives a [`Plan`] or a [`Refusal`]. Both are plain data: nothing here reads a file, starts a
+//! [`Request`] goes in, [`plan()`] gives a [`Plan`] or a [`Refusal`]. Both are plain data: nothing here reads a file, starts a
 //! program or knows where devices come from.
 //!
 //! - [`kata`]: what each Kata emits, by flavour and version; every number with its source.
-//! - [`request`], [`plan`]: data in, data out.
+//! - [`mod@request`], [`mod@plan`]: data in, data out.
 //! - [`arguments`]: a plan as arguments of QEMU.
 //! - [`timeouts`]: how long a guest may take to start.
 //!
