@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -235,7 +235,12 @@ const LAUNCHES: &[(&str, &str, &str)] = &[
 const TELLS: &str = "#!/bin/sh\nfor word in \"$@\"; do echo \"$word\"; done\n";
 
 fn injected_launches_start(sandbox: &Sandbox) -> Result<()> {
-    let launcher = Km::find()?.binary().with_file_name("kata-manager-qemu");
+    // It is built with the shim, which KM_SHIM names when it does not lie beside kata-manager.
+    let beside: PathBuf = match std::env::var_os("KM_SHIM") {
+        Some(shim) => shim.into(),
+        None => Km::find()?.binary().to_owned(),
+    };
+    let launcher = beside.with_file_name("kata-manager-qemu");
     if !launcher.is_file() {
         return Err(cannot_run(format!("{} is not built", launcher.display())));
     }
