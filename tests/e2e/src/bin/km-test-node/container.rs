@@ -55,6 +55,7 @@ fn description(words: &[&str]) -> serde_json::Value {
         "root": { "path": "/run/container" },
         "mounts": [
             { "type": "proc", "source": "proc", "destination": "/proc" },
+            { "type": "tmpfs", "source": "tmpfs", "destination": "/dev", "options": ["nosuid", "mode=755"] },
             bind("/", "/host", &["rbind", "rslave"]),
             bind("/etc/kata-manager", "/etc/kata-manager", &["rbind", "ro"]),
         ],

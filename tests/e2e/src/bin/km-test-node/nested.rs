@@ -31,8 +31,8 @@ echo these are all
 poweroff -f
 ";
 
-/// How long a guest may take. On a quiet machine it needs ten seconds, and more than a minute where others use the processors.
-const GUEST: Duration = Duration::from_secs(180);
+/// How long a guest may take. It needs ten to twenty seconds with another node beside it.
+const GUEST: Duration = Duration::from_secs(75);
 
 /// By what QEMU takes a device.
 #[derive(Clone, Copy, Debug)]
