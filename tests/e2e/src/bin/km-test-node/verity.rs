@@ -27,8 +27,10 @@ pub(crate) fn guards(node: &mut Node) -> Result<()> {
     );
     let verified = node.kata_manager(&["artifacts", "verify"], 6)?;
     ensure!(
-        verified.stdout.contains("initrd.img cannot be read"),
+        verified.stdout.contains("initrd.img: cannot be read"),
         "it {verified}"
     );
+    node.kata_manager(&["apply"], 0)?;
+    node.kata_manager(&["artifacts", "verify"], 0)?;
     Ok(())
 }
