@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use km_host::{Error as HostError, atomic};
+use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, UTIME_OMIT, utimensat};
 use rustix::io::Errno;
 
 use super::generations::stamp_of;
@@ -103,6 +104,34 @@ impl Store {
             sealed += usize::from(verity::is_sealed(&generation.dir.join(path))?);
         }
         Ok((sealed, all))
+    }
+
+    /// Makes every later look hash these files, which size and times do not show to be damaged: their time of the last write is
+    /// set to the epoch. fs-verity lets that be changed, and whoever may not change it cannot repair the store either.
+    ///
+    /// # Errors
+    /// When a file's times cannot be set.
+    pub fn doubt(&self, damages: &[Damage]) -> Result<()> {
+        let epoch = Timespec::default();
+        let keep = Timespec {
+            tv_sec: 0,
+            tv_nsec: UTIME_OMIT,
+        };
+        let times = Timestamps {
+            last_access: keep,
+            last_modification: epoch,
+        };
+        for damage in damages {
+            if matches!(
+                damage.problem,
+                Problem::Content { .. } | Problem::Unreadable
+            ) {
+                let path = &damage.path;
+                utimensat(CWD, path, &times, AtFlags::SYMLINK_NOFOLLOW)
+                    .map_err(HostError::io("set the times of", path))?;
+            }
+        }
+        Ok(())
     }
 
     /// Drops damaged contents from the store, so that the next pull fetches them again. Generations keep their links: a

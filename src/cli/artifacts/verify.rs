@@ -1,5 +1,5 @@
 //! `artifacts verify`: what is live, byte for byte against what was written down, and its signatures against the keys that
-//! are trusted now. Reads only, and needs no network.
+//! are trusted now. It needs no network, and changes nothing but that the next `apply` looks closer at what is damaged.
 
 use anyhow::Result;
 use km_artifacts::{Damage, Generation, Problem};
@@ -38,6 +38,9 @@ pub(super) fn run(global: &Global, node: &Node, classes: &[String]) -> Result<()
             Err(error) if error.is_verification() => Some(Err(error.to_string())),
             Err(error) => return Err(error.into()),
         };
+        if let Err(error) = node.store.doubt(&damages) {
+            tracing::warn!("the next apply cannot be told of it: {error}");
+        }
         all.push(Found {
             sealed: node.store.sealed(&generation)?,
             generation,

@@ -259,6 +259,9 @@ fn check_finds_every_kind_of_damage() {
         assert!(check(&generation, false).is_empty());
         let damages = check(&generation, true);
         assert!(matches!(one(damages.clone()), Problem::Content { .. }));
+        // What deep has seen, shallow sees from now on.
+        fixture.store.doubt(&damages).unwrap();
+        assert_eq!(check(&generation, false), damages);
         // Dropped from the store, it is fetched again.
         fixture.store.discard(&damages).unwrap();
         assert!(fixture.store.artifact(&manifest).unwrap().is_none());
