@@ -98,7 +98,7 @@ impl Node {
     pub(crate) fn lock(&self) -> Result<(Lock, Journal)> {
         let made = self.store.init()?;
         let lock = self.store.lock(self.lock_wait)?;
-        let mut journal = Journal::open(&self.store.state_dir())?;
+        let mut journal = Journal::open(&self.root, &self.store.state_dir())?;
         journal.update(|record| {
             for folder in made {
                 if !record.store_folders.contains(&folder) {

@@ -34,7 +34,7 @@ pub(super) async fn run(global: &Global, arguments: &Arguments) -> Result<()> {
         super::plan::prepare(
             &node,
             &client,
-            &Journal::open(&node.store.state_dir())?,
+            &Journal::open(&node.root, &node.store.state_dir())?,
             allowed(arguments, saved.as_ref()),
         )
         .await?;

@@ -38,7 +38,7 @@ impl Arguments {
 
 pub(super) async fn run(global: &Global, arguments: &Arguments) -> Result<u8> {
     let node = global.node()?;
-    let journal = Journal::open(&node.store.state_dir())?;
+    let journal = Journal::open(&node.root, &node.store.state_dir())?;
     let (_, prepared) = prepare(&node, &node.registry()?, &journal, arguments.allowed()).await?;
     let mut plan = prepared.plan;
     if journal.record().owed.is_some() {

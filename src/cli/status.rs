@@ -75,7 +75,7 @@ async fn look(node: &Node) -> Result<Status> {
     let found = effective
         .map(|effective| effective.handlers())
         .unwrap_or_default();
-    let journal = Journal::open(&node.store.state_dir())?;
+    let journal = Journal::open(&node.root, &node.store.state_dir())?;
     let mut classes = Vec::new();
     for class in &node.config.runtime_classes {
         let handler = class.handler();

@@ -21,7 +21,10 @@ pub(in crate::cli) struct Arguments {
 
 pub(super) fn run(global: &Global, node: &Node, arguments: &Arguments) -> Result<()> {
     let found = if arguments.dry_run || !node.store.store_dir().exists() {
-        collect::find(node, Journal::open(&node.store.state_dir())?.record())?
+        collect::find(
+            node,
+            Journal::open(&node.root, &node.store.state_dir())?.record(),
+        )?
     } else {
         let (_lock, journal) = node.lock()?;
         let found = collect::find(node, journal.record())?;

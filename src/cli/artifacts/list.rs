@@ -34,7 +34,7 @@ struct Row {
 }
 
 pub(super) fn run(global: &Global, node: &Node) -> Result<()> {
-    let journal = Journal::open(&node.store.state_dir())?;
+    let journal = Journal::open(&node.root, &node.store.state_dir())?;
     let mut rows = Vec::new();
     for class in node.store.classes()? {
         let live = node.store.live_number(&class)?;

@@ -30,7 +30,7 @@ struct Diff {
 
 pub(super) async fn run(global: &Global, arguments: &Arguments) -> Result<()> {
     let node = global.node()?;
-    let journal = Journal::open(&node.store.state_dir())?;
+    let journal = Journal::open(&node.root, &node.store.state_dir())?;
     let seen = observe::containerd(&node, &journal).await?;
     let allowed = Allowed {
         adopt: arguments.adopt,
