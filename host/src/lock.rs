@@ -19,7 +19,16 @@ const RETRY: Duration = Duration::from_millis(50);
 /// An exclusive lock, held until dropped.
 #[derive(Debug)]
 pub struct Lock {
-    _file: File,
+    file: File,
+}
+
+impl Drop for Lock {
+    /// Lets go by itself, and not by closing: flock(2) holds for as long as any copy of the descriptor is open, and a child that another
+    /// thread has forked has one until it executes its program.
+    fn drop(&mut self) {
+        // Closing is what remains when this fails, and it follows in any case.
+        let _ = rustix::fs::flock(&self.file, FlockOperation::Unlock);
+    }
 }
 
 /// The process that holds a lock.
@@ -70,7 +79,7 @@ impl Lock {
             match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
                 // A holder may have removed the file, with all of the state, before it let go: then this is no lock.
                 Ok(()) if !is_at(&file, path)? => {}
-                Ok(()) => return Ok(Lock { _file: file }),
+                Ok(()) => return Ok(Lock { file }),
                 Err(rustix::io::Errno::AGAIN) if Instant::now() < deadline => {
                     std::thread::sleep(RETRY);
                 }
@@ -178,6 +187,17 @@ mod tests {
         };
         drop(first);
         waiter.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn a_copy_of_the_descriptor_does_not_keep_the_lock() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lock");
+        let first = Lock::acquire(&path, Duration::ZERO).unwrap();
+        let copy = first.file.try_clone().unwrap();
+        drop(first);
+        drop(Lock::acquire(&path, Duration::ZERO).unwrap());
+        drop(copy);
     }
 
     #[test]
