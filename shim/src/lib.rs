@@ -32,6 +32,7 @@ pub mod look;
 pub mod prepare;
 pub mod record;
 mod run;
+mod said;
 pub mod settings;
 pub mod table;
 

@@ -13,6 +13,7 @@ use km_host::{Error, HostPath, Root};
 use crate::call::{self, Start};
 use crate::prepare::{self, Prepared};
 use crate::record::{self, Level};
+use crate::said::chain;
 use crate::settings::{self, Settings, SettingsError};
 
 /// Where the host's root is mounted, for containers and tests; `/` when it is not set.
@@ -154,15 +155,4 @@ fn load(root: &Root, program: &str) -> Result<Settings, SettingsError> {
     let handler = settings::handler_of(program)
         .ok_or_else(|| SettingsError::Name(program.chars().take(100).collect()))?;
     settings::load(root, handler)
-}
-
-/// An error with its causes, on one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        text = format!("{text}: {cause}");
-        next = cause.source();
-    }
-    text
 }

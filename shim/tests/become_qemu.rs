@@ -154,18 +154,28 @@ fn a_right_launch_becomes_qemu() {
 }
 
 #[test]
-fn questions_and_plain_pods_pass() {
+fn questions_and_pods_without_devices_pass() {
     let node = Node::new("check");
     node.launched("-version", "-version");
     node.launched("-machine help", "-machine help");
-    node.launched(
-        "-name sandbox-abc -device virtio-rng-pci",
-        "-name sandbox-abc -device virtio-rng-pci",
-    );
+    for mode in ["check", "inject", "tune"] {
+        let plain = Node::claimed(mode, &[]);
+        let words = "-name sandbox-abc -device virtio-rng-pci";
+        plain.launched(words, words);
+        plain.refused(
+            &format!("{words} {PORT} {GPU}"),
+            "0000:01:00.0 is there and was not given",
+        );
+    }
+}
+
+/// With a GPU or without one: nobody says what it may have.
+#[test]
+fn a_sandbox_without_a_claim_is_refused() {
+    let node = Node::new("check");
+    node.refused("-name sandbox-abc", "sandbox abc has no claim in ");
     let words = format!("-name sandbox-abc {PORT} {GPU}");
-    node.refused(&words, "0000:01:00.0 is there and was not given");
-    let plain = Node::claimed("check", &[]);
-    plain.launched("-name sandbox-abc", "-name sandbox-abc");
+    node.refused(&words, "sandbox abc has no claim in ");
 }
 
 #[test]
@@ -190,7 +200,6 @@ fn what_is_not_known_is_refused() {
     dead.refused(&words, "lives no more");
     let several = Node::new("check");
     several.handler("kata-other", "/opt/kata/bin/other", "check");
-    several.refused("-name sandbox-abc", "has no claim");
     several.launched("-version", "-version");
     let hidden = Node::claimed("check", &[]);
     hidden.refused(

@@ -305,6 +305,32 @@ fn an_older_kata_gets_the_node_written_and_a_newer_one_finds_it() {
     }
 }
 
+/// What holds QEMU's arguments against the claim must not take such a sandbox for one that nobody prepared.
+#[test]
+fn a_sandbox_without_devices_has_a_claim() {
+    for (kata, kubelet) in [("3.2", false), ("4.1", false), ("4.1", true)] {
+        let node = Node::new(kata);
+        if kubelet {
+            node.kubelet(&[]);
+        }
+        let dir = node.bundle("abc", "sandbox");
+        let before = node.spec("abc");
+        ran(
+            &node,
+            &node.start("abc"),
+            &dir,
+            "-namespace k8s.io -id abc start",
+        );
+        assert_eq!(node.spec("abc"), before);
+        let claim = fs::read(node.root().join("run/kata-manager/sandboxes/abc.json")).unwrap();
+        let claim: Value = serde_json::from_slice(&claim).unwrap();
+        assert_eq!(
+            (&claim["devices"], &claim["handler"]),
+            (&json!([]), &json!(HANDLER))
+        );
+    }
+}
+
 #[test]
 fn a_gpu_is_one_sandboxs_until_that_has_ended() {
     let node = Node::new("3.2");

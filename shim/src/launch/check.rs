@@ -44,7 +44,17 @@ pub fn check(view: &View, wanted: &Wanted<'_>) -> Result<(), Refused> {
             None => problems.push(format!(
                 "{address} was given to this sandbox and is missing"
             )),
-            Some([one]) => placed(view, one, device, wanted, &mut problems),
+            Some([one]) => {
+                let mut judged = Judged {
+                    view,
+                    device: one,
+                    given: device,
+                    wanted,
+                    problems: &mut problems,
+                };
+                judged.placed();
+                judged.way();
+            }
             Some(several) => {
                 problems.push(format!("{address} is there {} times", several.len()));
             }
@@ -186,131 +196,163 @@ pub(super) fn planned(device: &claims::Device) -> km_topology::Device {
     }
 }
 
-/// Whether a device is where it belongs.
-fn placed(
-    view: &View,
-    device: &Device,
-    given: &claims::Device,
-    wanted: &Wanted<'_>,
-    problems: &mut Vec<String>,
-) {
-    let address = &given.address;
-    let Some(bus) = device.bus.as_deref() else {
-        problems.push(format!(
-            "{address} is on no named bus, so behind no port of its own"
-        ));
-        return;
-    };
-    let port = view.by_id(bus);
-    match port.map(|port| (port, port.role())) {
-        None => problems.push(format!(
-            "{address} is on bus {bus:?}, and no port of that name is made"
-        )),
-        Some((port, Role::RootPort | Role::Downstream)) => {
-            if port.at > device.at {
-                problems.push(format!("{address} comes before its port {bus:?}"));
-            }
-            root(view, port, given, problems);
-            rust_slot(port, wanted.kata, problems);
-        }
-        Some((port, _)) => {
-            problems.push(format!("{address} is on {}, which is no port", port.name()))
-        }
-    }
-    let neighbours = view
-        .devices
-        .iter()
-        .filter(|other| other.at != device.at && other.bus.as_deref() == Some(bus));
-    for other in neighbours {
-        problems.push(format!(
-            "{address} shares port {bus:?} with {}",
-            other.name()
-        ));
-    }
-    match device.slot() {
-        Ok(None | Some((0, 0))) => {}
-        Ok(Some((slot, function))) => problems.push(format!(
-            "{address} is at {slot:02x}.{function} behind its port, where a guest looks for 00.0 alone"
-        )),
-        Err(why) => problems.push(why),
-    }
-    way(view, device, given, wanted, problems);
+/// A device of a launch beside what the sandbox was given, while it is judged.
+struct Judged<'a> {
+    view: &'a View,
+    device: &'a Device,
+    given: &'a claims::Device,
+    wanted: &'a Wanted<'a>,
+    problems: &'a mut Vec<String>,
 }
 
-/// Follows a port to its root bus: it must end at one, and on the device's NUMA node.
-fn root(view: &View, port: &Device, given: &claims::Device, problems: &mut Vec<String>) {
-    let address = &given.address;
-    let covered = |node: u16| {
-        let expanders = view.devices.iter().filter(|d| d.role() == Role::Expander);
-        let mut guests = expanders.filter_map(|d| d.keyed.get("numa_node")?.parse::<u16>().ok());
-        guests.any(|guest| {
-            view.nodes
-                .get(&guest)
-                .is_some_and(|hosts| hosts.contains(&node))
-        })
-    };
-    let mut at = port;
-    for _ in 0..DEPTH {
-        let parent = at.bus.as_deref().unwrap_or("pcie.0");
-        if parent == "pcie.0" {
-            match given.numa_node {
-                Some(node) if covered(node) => problems.push(format!(
-                    "{address} is on NUMA node {node} of the host, and its port on pcie.0 in place of that node's expander"
-                )),
-                _ => {}
-            }
-            return;
-        }
-        let Some(above) = view.by_id(parent) else {
-            problems.push(format!(
-                "{} is on bus {parent:?}, which is not made",
-                at.name()
+impl Judged<'_> {
+    fn wrong(&mut self, problem: String) {
+        self.problems.push(problem);
+    }
+
+    /// Whether it is behind a port of its own, and that port where it belongs.
+    fn placed(&mut self) {
+        let (view, device, address) = (self.view, self.device, &self.given.address);
+        let Some(bus) = device.bus.as_deref() else {
+            self.wrong(format!(
+                "{address} is on no named bus, so behind no port of its own"
             ));
             return;
         };
-        if above.at > at.at {
-            problems.push(format!("{} comes before its bus {parent:?}", at.name()));
+        let port = view.by_id(bus);
+        match port.map(|port| (port, port.role())) {
+            None => self.wrong(format!(
+                "{address} is on bus {bus:?}, and no port of that name is made"
+            )),
+            Some((port, Role::RootPort | Role::Downstream)) => {
+                if port.at > device.at {
+                    self.wrong(format!("{address} comes before its port {bus:?}"));
+                }
+                self.root(port);
+                rust_slot(port, self.wanted.kata, self.problems);
+            }
+            Some((port, _)) => {
+                self.wrong(format!("{address} is on {}, which is no port", port.name()));
+            }
         }
-        match (at.role(), above.role()) {
-            (Role::RootPort, Role::Expander) => {
-                expander(view, above, given, problems);
+        let neighbours = view
+            .devices
+            .iter()
+            .filter(|other| other.at != device.at && other.bus.as_deref() == Some(bus));
+        for other in neighbours {
+            self.wrong(format!(
+                "{address} shares port {bus:?} with {}",
+                other.name()
+            ));
+        }
+        match device.slot() {
+            Ok(None | Some((0, 0))) => {}
+            Ok(Some((slot, function))) => self.wrong(format!(
+                "{address} is at {slot:02x}.{function} behind its port, where a guest looks for 00.0 alone"
+            )),
+            Err(why) => self.wrong(why),
+        }
+    }
+
+    /// Follows a port to its root bus: it must end at one, and on the device's NUMA node.
+    fn root(&mut self, port: &Device) {
+        let (view, address) = (self.view, &self.given.address);
+        let mut at = port;
+        for _ in 0..DEPTH {
+            let parent = at.bus.as_deref().unwrap_or("pcie.0");
+            if parent == "pcie.0" {
+                match self.given.numa_node {
+                    Some(node) if covered(view, node) => self.wrong(format!(
+                        "{address} is on NUMA node {node} of the host, and its port on pcie.0 in place of that node's expander"
+                    )),
+                    _ => {}
+                }
                 return;
             }
-            (Role::Downstream, Role::Upstream)
-            | (Role::Upstream, Role::RootPort | Role::Downstream) => {
-                at = above;
-            }
-            _ => {
-                problems.push(format!(
-                    "{} is on {}, where it cannot be",
-                    at.name(),
-                    above.name()
+            let Some(above) = view.by_id(parent) else {
+                self.wrong(format!(
+                    "{} is on bus {parent:?}, which is not made",
+                    at.name()
                 ));
                 return;
+            };
+            if above.at > at.at {
+                self.wrong(format!("{} comes before its bus {parent:?}", at.name()));
+            }
+            match (at.role(), above.role()) {
+                (Role::RootPort, Role::Expander) => return self.expander(above),
+                (Role::Downstream, Role::Upstream)
+                | (Role::Upstream, Role::RootPort | Role::Downstream) => at = above,
+                _ => {
+                    self.wrong(format!(
+                        "{} is on {}, where it cannot be",
+                        at.name(),
+                        above.name()
+                    ));
+                    return;
+                }
             }
         }
-    }
-    problems.push(format!(
-        "{address} is deeper than {DEPTH} buses, or in a circle"
-    ));
-}
-
-fn expander(view: &View, expander: &Device, given: &claims::Device, problems: &mut Vec<String>) {
-    let guest = expander
-        .keyed
-        .get("numa_node")
-        .and_then(|node| node.parse().ok());
-    let hosts = guest.and_then(|node: u16| view.nodes.get(&node));
-    let (Some(node), Some(hosts)) = (given.numa_node, hosts) else {
-        return;
-    };
-    if !hosts.is_empty() && !hosts.contains(&node) {
-        problems.push(format!(
-            "{} is on NUMA node {node} of the host, and its port below {}, whose memory is on {hosts:?}",
-            given.address,
-            expander.name()
+        self.wrong(format!(
+            "{address} is deeper than {DEPTH} buses, or in a circle"
         ));
     }
+
+    /// Whether an expander is of the device's NUMA node.
+    fn expander(&mut self, expander: &Device) {
+        let guest = expander
+            .keyed
+            .get("numa_node")
+            .and_then(|node| node.parse().ok());
+        let hosts = guest.and_then(|node: u16| self.view.nodes.get(&node));
+        let (Some(node), Some(hosts)) = (self.given.numa_node, hosts) else {
+            return;
+        };
+        if !hosts.is_empty() && !hosts.contains(&node) {
+            self.wrong(format!(
+                "{} is on NUMA node {node} of the host, and its port below {}, whose memory is on {hosts:?}",
+                self.given.address,
+                expander.name()
+            ));
+        }
+    }
+
+    /// Whether it reaches the IOMMU as it should.
+    fn way(&mut self) {
+        let address = &self.given.address;
+        match self.device.keyed.get("iommufd") {
+            Some(object) => {
+                if !self.view.iommufd.iter().any(|(id, _)| id == object) {
+                    self.wrong(format!(
+                        "{address} names the iommufd object {object:?}, which is not made"
+                    ));
+                }
+                if self.device.keyed.get("x-nv-gpudirect-clique").is_some() {
+                    self.wrong(format!(
+                        "{address} has x-nv-gpudirect-clique, and iommufd maps no peer's memory"
+                    ));
+                }
+            }
+            None if self.wanted.confidential => self.wrong(format!(
+                "{address} goes through a legacy group, and a confidential guest needs iommufd"
+            )),
+            None if self.given.cdev.is_some() => self.wrong(format!(
+                "{address} was given by its own node, and the launch would open its group's"
+            )),
+            None => {}
+        }
+    }
+}
+
+/// Whether a NUMA node of the host has an expander in the guest.
+fn covered(view: &View, node: u16) -> bool {
+    let expanders = view.devices.iter().filter(|d| d.role() == Role::Expander);
+    let mut guests = expanders.filter_map(|d| d.keyed.get("numa_node")?.parse::<u16>().ok());
+    guests.any(|guest| {
+        view.nodes
+            .get(&guest)
+            .is_some_and(|hosts| hosts.contains(&node))
+    })
 }
 
 /// runtime-rs tells the guest the path `09+n/00` of port `rp<n>`, whatever QEMU makes of it.
@@ -330,39 +372,6 @@ fn rust_slot(port: &Device, kata: Kata, problems: &mut Vec<String>) {
             port.name()
         )),
         Err(why) => problems.push(why),
-    }
-}
-
-/// Whether a device reaches the IOMMU as it should.
-fn way(
-    view: &View,
-    device: &Device,
-    given: &claims::Device,
-    wanted: &Wanted<'_>,
-    problems: &mut Vec<String>,
-) {
-    let address = &given.address;
-    match device.keyed.get("iommufd") {
-        Some(object) => {
-            let made: Vec<_> = view.iommufd.iter().filter(|(id, _)| id == object).collect();
-            if made.is_empty() {
-                problems.push(format!(
-                    "{address} names the iommufd object {object:?}, which is not made"
-                ));
-            }
-            if device.keyed.get("x-nv-gpudirect-clique").is_some() {
-                problems.push(format!(
-                    "{address} has x-nv-gpudirect-clique, and iommufd maps no peer's memory"
-                ));
-            }
-        }
-        None if wanted.confidential => problems.push(format!(
-            "{address} goes through a legacy group, and a confidential guest needs iommufd"
-        )),
-        None if given.cdev.is_some() => problems.push(format!(
-            "{address} was given by its own node, and the launch would open its group's"
-        )),
-        None => {}
     }
 }
 

@@ -8,7 +8,7 @@ use std::io::{self, Write as _};
 use std::os::unix::process::CommandExt as _;
 use std::process::ExitCode;
 
-use km_host::claims::{Claim, Claims, Found};
+use km_host::claims::{CLAIMS_DIR, Claim, Claims, Found};
 use km_host::{HostPath, Root};
 use km_vfio::{Address, Inventory};
 
@@ -17,6 +17,7 @@ use super::check::{self, Wanted};
 use super::inject::{self, Injected};
 use super::view::View;
 use super::{Mode, Refused, tune};
+use crate::said::chain;
 use crate::settings::{self, Settings};
 
 /// Where the host's root is mounted, for containers and tests; `/` when it is not set.
@@ -59,21 +60,13 @@ fn decide(root: &Root, argv: Argv) -> Result<(HostPath, Vec<OsString>), String> 
         let first = qemus(root)?.into_iter().next();
         return Ok((first.ok_or_else(no_qemu)?, argv.words));
     };
-    match claim(root, &sandbox)? {
-        Some(claim) => {
-            let settings = by_handler(root, &claim.handler)?;
-            let qemu = settings.qemu.clone();
-            let qemu =
-                qemu.ok_or_else(|| format!("the settings of {} name no QEMU", claim.handler))?;
-            let words = launch(root, argv, &claim, &settings)
-                .map_err(|refused| told(&sandbox, &refused))?;
-            Ok((qemu, words))
-        }
-        None => {
-            unclaimed(root, &argv).map_err(|refused| told(&sandbox, &refused))?;
-            Ok((only_qemu(root)?, argv.words))
-        }
-    }
+    let claim = claim(root, &sandbox)?;
+    let settings = by_handler(root, &claim.handler)?;
+    let qemu = settings.qemu.clone();
+    let qemu = qemu.ok_or_else(|| format!("the settings of {} name no QEMU", claim.handler))?;
+    let words =
+        launch(root, argv, &claim, &settings).map_err(|refused| told(&sandbox, &refused))?;
+    Ok((qemu, words))
 }
 
 fn told(sandbox: &str, refused: &Refused) -> String {
@@ -81,10 +74,15 @@ fn told(sandbox: &str, refused: &Refused) -> String {
     format!("the launch of sandbox {sandbox:?} is refused: {refused}")
 }
 
-fn claim(root: &Root, sandbox: &str) -> Result<Option<Claim>, String> {
+/// What the sandbox was given. Our shim leaves a claim for each one, also for one without devices: without it, nothing says what a
+/// launch may have.
+fn claim(root: &Root, sandbox: &str) -> Result<Claim, String> {
     let claims = Claims::open(root).map_err(|error| chain(&error))?;
     match claims.get(sandbox).map_err(|error| chain(&error))? {
-        None => Ok(None),
+        None => Err(format!(
+            "sandbox {sandbox} has no claim in {CLAIMS_DIR}, so it was not started by kata-manager's shim and what it was given is not \
+             known; `kata-manager apply` puts the shim before this Kata's"
+        )),
         Some(Found::Unreadable { path, problem }) => Err(format!(
             "the claim of this sandbox, {}, cannot be read: {problem}",
             path.display()
@@ -93,7 +91,7 @@ fn claim(root: &Root, sandbox: &str) -> Result<Option<Claim>, String> {
             "the claim of sandbox {} is of one that lives no more",
             claim.sandbox
         )),
-        Some(Found::Claim(claim)) => Ok(Some(claim)),
+        Some(Found::Claim(claim)) => Ok(claim),
     }
 }
 
@@ -130,29 +128,6 @@ fn launch(
     Ok(argv.words)
 }
 
-/// A sandbox without a claim may be launched when it has none of the node's guarded devices.
-fn unclaimed(root: &Root, argv: &Argv) -> Result<(), Refused> {
-    let view = View::of(argv);
-    let guarded = guarded(root, &view)?;
-    let wanted = Wanted {
-        devices: &[],
-        confidential: false,
-        kata: km_topology::Kata {
-            flavor: km_topology::Flavor::Go,
-            version: km_topology::Version::new(4, 1),
-        },
-        guarded: &guarded,
-    };
-    if view.vfio().next().is_none() && view.unclear.is_empty() {
-        return Ok(());
-    }
-    check::check(&view, &wanted)?;
-    match view.unclear.is_empty() {
-        true => Ok(()),
-        false => Err(Refused(view.unclear)),
-    }
-}
-
 /// The functions that nobody may have without a claim. The bus is looked at only where a device of the host is launched.
 fn guarded(root: &Root, view: &View) -> Result<BTreeSet<Address>, Refused> {
     if view.vfio().next().is_none() {
@@ -166,24 +141,6 @@ fn guarded(root: &Root, view: &View) -> Result<BTreeSet<Address>, Refused> {
 
 fn by_handler(root: &Root, handler: &str) -> Result<Settings, String> {
     settings::load(root, handler).map_err(|error| error.to_string())
-}
-
-/// The QEMU of all handlers, where they have one and the same.
-fn only_qemu(root: &Root) -> Result<HostPath, String> {
-    let found = qemus(root)?;
-    match found.as_slice() {
-        [one] => Ok(one.clone()),
-        [] => Err(no_qemu()),
-        several => Err(format!(
-            "this sandbox has no claim, so it is not known which of {} is its QEMU: start it through containerd, with the shim that \
-             `kata-manager apply` registered",
-            several
-                .iter()
-                .map(ToString::to_string)
-                .collect::<Vec<_>>()
-                .join(", ")
-        )),
-    }
 }
 
 fn no_qemu() -> String {
@@ -202,15 +159,4 @@ fn qemus(root: &Root) -> Result<Vec<HostPath>, String> {
         found.extend(qemu.filter(|qemu| !found.contains(qemu)));
     }
     Ok(found)
-}
-
-/// An error with its causes, on one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        text = format!("{text}: {cause}");
-        next = cause.source();
-    }
-    text
 }
