@@ -1,6 +1,7 @@
 //! What the configuration file may say, and what is said when it says something else.
 
 use super::*;
+use crate::failure::Kind;
 
 /// As NVIDIA's documentation of the GPU Operator shows it.
 const NVIDIA: &str = "artifactsDir: /opt/nvidia-gpu-operator/artifacts/runtimeclasses

@@ -1,5 +1,6 @@
 //! Drawings of the PCI tree, and the words that drawings and tables share. Data in, text out: nothing here reads or writes.
 
+mod canvas;
 pub(crate) mod planned;
 mod svg;
 mod text;
@@ -89,6 +90,11 @@ pub(crate) fn link(link: &Link) -> String {
         (Some(now), _) => now,
         (None, _) => "down".to_owned(),
     }
+}
+
+/// A number with its noun.
+fn plural(count: usize, one: &str, many: &str) -> String {
+    format!("{count} {}", if count == 1 { one } else { many })
 }
 
 /// A text of at most so many characters, cut with an ellipsis.

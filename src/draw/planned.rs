@@ -5,10 +5,8 @@ use std::fmt::Write as _;
 
 use km_topology::{Placed, Plan, Port};
 
-use super::shortened;
-use super::svg::{
-    BOX, CARD, CARD_WIDTH, COLUMN, FOOTER, HEADER, MARGIN, ROW, STYLE, escaped, middle, plural,
-};
+use super::canvas::{BOX, CARD, CARD_WIDTH, COLUMN, Canvas, FOOTER, HEADER, MARGIN, ROW, middle};
+use super::{plural, shortened};
 
 /// What devices are called, by address.
 pub(crate) type Names = BTreeMap<String, String>;
@@ -204,21 +202,17 @@ pub(crate) fn svg(plan: &Plan, names: &Names) -> String {
     let mut picture = Picture {
         names,
         cards_at: 2 * MARGIN + depth * COLUMN,
-        shapes: String::new(),
+        canvas: Canvas::default(),
     };
     let width = picture.cards_at + CARD_WIDTH + 2 * MARGIN;
     let mut y = HEADER + 8;
     for root in &roots {
         let rows = leaves(root);
         let height = 36 + rows * ROW + 8;
-        let inner = width - 2 * MARGIN;
-        picture.add(format_args!(
-            "<rect class=\"panel\" x=\"{MARGIN}\" y=\"{y}\" width=\"{inner}\" height=\"{height}\" rx=\"10\"/>"
-        ));
         let panel = root
             .nodes
             .map_or_else(|| "The guest's root complex".to_owned(), numa);
-        picture.text(MARGIN + 16, y + 24, "name", &panel);
+        picture.canvas.panel(y, width, height, &panel);
         let mut top = y + 36;
         picture.part(root, 0, &mut top);
         y += height + 16;
@@ -227,19 +221,13 @@ pub(crate) fn svg(plan: &Plan, names: &Names) -> String {
         .into_iter()
         .map(|(key, value)| format!("{key} = {value}"))
         .collect();
-    picture.text(MARGIN, y + 10, "small", &told.join(" · "));
+    picture
+        .canvas
+        .text(MARGIN, y + 10, "small", &told.join(" · "));
     let height = y + FOOTER - 8;
-    let title = escaped(&title(plan));
-    let shapes = picture.shapes;
-    format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" viewBox=\"0 0 {width} {height}\" \
-         role=\"img\">\n<title>Planned guest: {title}</title>\n<style>{STYLE}</style>\n\
-         <rect class=\"bg\" x=\"0.5\" y=\"0.5\" width=\"{}\" height=\"{}\" rx=\"12\"/>\n\
-         <text class=\"title\" x=\"{MARGIN}\" y=\"32\">Planned guest</text>\n\
-         <text class=\"quiet\" x=\"{MARGIN}\" y=\"54\">{title}</text>\n{shapes}</svg>\n",
-        width - 1,
-        height - 1
-    )
+    picture
+        .canvas
+        .finish(width, height, "Planned guest", &title(plan))
 }
 
 /// How many columns of boxes a part needs.
@@ -255,22 +243,10 @@ fn leaves(part: &Part<'_>) -> usize {
 struct Picture<'a> {
     names: &'a Names,
     cards_at: usize,
-    shapes: String,
+    canvas: Canvas,
 }
 
 impl Picture<'_> {
-    fn add(&mut self, shape: std::fmt::Arguments<'_>) {
-        // Writing into a String does not fail.
-        let _ = writeln!(self.shapes, "{shape}");
-    }
-
-    fn text(&mut self, x: usize, y: usize, class: &str, text: &str) {
-        let text = escaped(text);
-        self.add(format_args!(
-            "<text class=\"{class}\" x=\"{x}\" y=\"{y}\">{text}</text>"
-        ));
-    }
-
     /// Draws a part and what is behind it. Returns where a wire meets it.
     fn part(&mut self, part: &Part<'_>, column: usize, top: &mut usize) -> (usize, usize) {
         let x = 2 * MARGIN + column * COLUMN;
@@ -287,47 +263,39 @@ impl Picture<'_> {
                     ends.push((self.cards_at, y));
                     self.card(device, *top);
                 }
-                None => self.text(x + BOX + 12, y + 4, "small", "nothing behind it"),
+                None => self
+                    .canvas
+                    .text(x + BOX + 12, y + 4, "small", "nothing behind it"),
             }
             *top += ROW;
         }
-        let bend = x + BOX + (COLUMN - BOX) / 2;
-        for (to_x, to_y) in ends {
-            self.add(format_args!(
-                "<path class=\"wire\" d=\"M{} {y}H{bend}V{to_y}H{to_x}\"/>",
-                x + BOX
-            ));
-        }
-        let above = y - 18;
-        self.add(format_args!(
-            "<rect class=\"box\" x=\"{x}\" y=\"{above}\" width=\"{BOX}\" height=\"36\" rx=\"6\"/>"
-        ));
-        self.text(x + 8, y - 3, "small", part.what);
-        self.add(format_args!(
+        self.canvas.wires(x, y, &ends);
+        self.canvas.frame(x, y);
+        self.canvas.text(x + 8, y - 3, "small", part.what);
+        self.canvas.add(format_args!(
             "<text class=\"small\" x=\"{}\" y=\"{}\" text-anchor=\"end\">bus {:02x}</text>",
             x + BOX - 8,
             y + 12,
             part.bus
         ));
-        self.text(x + 8, y + 12, "mono", &shortened(part.name, 10));
+        self.canvas
+            .text(x + 8, y + 12, "mono", &shortened(part.name, 10));
         (x, y)
     }
 
     fn card(&mut self, device: &Placed, y: usize) {
         let x = self.cards_at;
-        self.add(format_args!(
-            "<rect class=\"box\" x=\"{x}\" y=\"{y}\" width=\"{CARD_WIDTH}\" height=\"{CARD}\" rx=\"8\"/>\
-             <rect class=\"used\" x=\"{x}\" y=\"{}\" width=\"4\" height=\"{}\" rx=\"2\"/>",
-            y + 8,
-            CARD - 16
-        ));
+        self.canvas.card(x, y, "used");
         let name = self
             .names
             .get(&device.address)
             .map_or("device", String::as_str);
-        self.text(x + 16, y + 20, "name", &shortened(name, 32));
-        self.text(x + 16, y + 38, "mono quiet", &device.address);
-        self.text(x + 262, y + 20, "quiet", &shortened(&way(device), 38));
+        self.canvas
+            .text(x + 16, y + 20, "name", &shortened(name, 32));
+        self.canvas
+            .text(x + 16, y + 38, "mono quiet", &device.address);
+        self.canvas
+            .text(x + 262, y + 20, "quiet", &shortened(&way(device), 38));
         let node = match (device.host_node, &device.guest_path) {
             (Some(node), None) => format!("NUMA node {node} of the host"),
             (None, Some(path)) => format!("in the guest at {path}"),
@@ -336,6 +304,6 @@ impl Picture<'_> {
             }
             (None, None) => "NUMA node not told".to_owned(),
         };
-        self.text(x + 262, y + 38, "quiet", &node);
+        self.canvas.text(x + 262, y + 38, "quiet", &node);
     }
 }

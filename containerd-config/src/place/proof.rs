@@ -1,12 +1,25 @@
 //! The proof of a plan: the files as they would be, read and merged as containerd does.
 
+use std::collections::BTreeMap;
+
 use km_host::HostPath;
 use serde_json::Value;
 
-use super::{Draft, DryText, FileEdit, PlaceError, Placed, Planner, changed, copy_beside};
+use super::choose::Planner;
+use super::{DROP_IN, DryText, FileEdit, PlaceError, Placed, text_of};
 use crate::edit::{self, Edited};
-use crate::effective::{Effective, Files, InForce};
+use crate::effective::{Changed, Effective, Files, InForce};
 use crate::handler::Handler;
+use crate::transaction::copy_path;
+
+/// A plan that is not proved yet; fields as in [`Placed`].
+pub(super) struct Draft {
+    pub(super) main: FileEdit,
+    pub(super) drop_ins: Vec<FileEdit>,
+    pub(super) edited: Edited,
+    pub(super) live: Vec<Handler>,
+    pub(super) target: HostPath,
+}
 
 impl Planner<'_> {
     pub(super) fn prove<F: Files>(
@@ -73,7 +86,7 @@ impl Planner<'_> {
         let (Some(bytes), Some(copy)) = (&main.after, copy_beside(self.main)) else {
             return Ok(None);
         };
-        let text = super::text_of(self.main, Some(bytes))?;
+        let text = text_of(self.main, Some(bytes))?;
         let written = drop_ins.iter().find(|edit| edit.after.is_some());
         let first_imports = then.files.iter().filter(|file| file.imported_by == Some(0));
         let paths: Vec<&str> = first_imports
@@ -168,4 +181,19 @@ fn default_runtime(now: &Effective, then: &Effective, edited: &Edited) -> Result
         });
     }
     Ok(())
+}
+
+/// The path of the copy of our drop-in that the dry run reads, beside the main file.
+fn copy_beside(main: &HostPath) -> Option<HostPath> {
+    let folder = main.parent()?;
+    HostPath::new(copy_path(folder.join(DROP_IN).as_path())).ok()
+}
+
+/// Files as they would be after the edits.
+fn changed<'a, F: Files>(files: &'a F, main: &FileEdit, edits: &[FileEdit]) -> Changed<'a, F> {
+    let all = std::iter::once(main).chain(edits);
+    let changes: BTreeMap<_, _> = all
+        .map(|edit| (edit.path.clone(), edit.after.clone()))
+        .collect();
+    Changed { files, changes }
 }

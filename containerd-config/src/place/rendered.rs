@@ -6,7 +6,9 @@
 
 use km_host::HostPath;
 
-use super::{DryText, FileEdit, PlaceError, Placed, Placement, Planner, Request, text_of};
+use super::choose::Planner;
+use super::proof::Draft;
+use super::{DryText, FileEdit, PlaceError, Placed, Placement, Request, text_of};
 use crate::edit::{self, Document, Owner, SetOptions};
 use crate::effective::{Effective, Files};
 
@@ -104,7 +106,7 @@ pub(super) fn plan<F: Files>(
         before: Some(rendered.bytes.clone()),
         after: Some(edited.text.clone().into_bytes()),
     };
-    let draft = super::Draft {
+    let draft = Draft {
         main: stand_in,
         drop_ins: Vec::new(),
         live: request.wanted.to_vec(),
