@@ -12,12 +12,7 @@ static BLOB: LazyLock<Vec<u8>> =
 
 async fn fetch(server: &Server, digest: &Digest, size: u64) -> (Result<()>, Collect) {
     let mut sink = Collect::default();
-    let client = Client::new(ClientOptions {
-        read_timeout: Duration::from_millis(500),
-        ..options()
-    });
-    let client = client.unwrap();
-    let result = client
+    let result = client()
         .fetch_blob(&reference(server), digest, size, &mut sink)
         .await;
     (result, sink)
@@ -231,8 +226,17 @@ async fn a_stall_is_noticed_and_taken_up() {
         Some(start) => rest(start),
     })
     .await;
-    let (result, sink) = fetch_blob(&server).await;
-    result.unwrap();
+    let client = Client::new(ClientOptions {
+        read_timeout: Duration::from_secs(2),
+        ..options()
+    });
+    let (digest, size) = (Digest::of(&BLOB), BLOB.len() as u64);
+    let mut sink = Collect::default();
+    client
+        .unwrap()
+        .fetch_blob(&reference(&server), &digest, size, &mut sink)
+        .await
+        .unwrap();
     assert!(sink.bytes == *BLOB);
     assert_eq!(start(&server.seen()[1]), Some(2_000_000));
 }

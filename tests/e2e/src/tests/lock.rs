@@ -45,7 +45,7 @@ fn the_holder_is_named(sandbox: &Sandbox) -> Result<()> {
         for command in ["apply", "uninstall"] {
             let failed = node.refuses(&["--lock-timeout", "1", command], 3, &[&pid, "lock"])?;
             ensure!(
-                failed.took < Duration::from_secs(5),
+                failed.took < pause / 2,
                 "it waited {:?}",
                 failed.took
             );
