@@ -7,8 +7,8 @@ HOST := $(shell rustc -vV | sed -n 's/^host: //p')
 KM := $(TARGET)/$(HOST)/release/kata-manager
 
 # The main job, for real: registry, containerd, two guests, apply, a pod, a boot, uninstall.
-demo: build
-	KM_BIN=$(KM) cargo run --quiet --locked -p km-tests-e2e --bin demo
+demo: build shim
+	KM_BIN=$(KM) KM_SHIM=$(SHIM) cargo run --quiet --locked -p km-tests-e2e --bin demo
 
 # Every test. Tests that this machine cannot run say so and count as ignored.
 test: lint unit cli e2e test-node-part

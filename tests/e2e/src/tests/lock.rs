@@ -44,11 +44,7 @@ fn the_holder_is_named(sandbox: &Sandbox) -> Result<()> {
         let pid = first.id().to_string();
         for command in ["apply", "uninstall"] {
             let failed = node.refuses(&["--lock-timeout", "1", command], 3, &[&pid, "lock"])?;
-            ensure!(
-                failed.took < pause / 2,
-                "it waited {:?}",
-                failed.took
-            );
+            ensure!(failed.took < pause / 2, "it waited {:?}", failed.took);
         }
         // Looking needs no lock.
         node.km.expect(&["plan"], 0)?;

@@ -43,6 +43,12 @@ const CLASSES: [(&str, &str); 3] = [
 /// The class that runs pods by runc, so that the demo can start one where no Kata is installed.
 const DEMO_CLASS: &str = "demo";
 
+/// The shim, where `KM_SHIM` does not name it: beside kata-manager.
+const SHIM: &str = "containerd-shim-kata-qemu-nvidia-gpu-v2";
+
+/// Where `apply` puts programs, and the links to them that containerd is told.
+const PROGRAMS: &str = "/opt/kata-manager";
+
 fn main() -> Result<ExitCode> {
     match sandbox::enter(PARTS)? {
         Entered::Left(code) => Ok(code),
@@ -113,8 +119,16 @@ impl Demo {
         say.run(Command::new("ls").arg(&bin).arg(ovmf))?;
         say.run(Command::new("cat").arg(bin.join("README")))?;
 
-        let config = write_config(&sandbox, &registry, &containerd, &prefix)?;
-        let km = Km::find()?.env("KATA_MANAGER_CONFIG", config);
+        // Programs and settings have fixed places; the machine's own stay as they are.
+        sandbox.cover("/opt".as_ref())?;
+        sandbox.layer("/etc".as_ref())?;
+        let km = Km::find()?;
+        let shim = match std::env::var_os("KM_SHIM") {
+            Some(path) => PathBuf::from(path),
+            None => km.binary().with_file_name(SHIM),
+        };
+        let config = write_config(&sandbox, &registry, &containerd, &prefix, &shim)?;
+        let km = km.env("KATA_MANAGER_CONFIG", config);
         Ok(Self {
             say,
             sandbox,
@@ -206,8 +220,8 @@ impl Demo {
         }
 
         self.say.why(
-            "A pod on the demo class, started through CRI as kubelet would. runc stands behind this class;\n\
-             the production classes would start Kata's shim, which is not installed here.",
+            "A pod on the demo class, started through CRI as kubelet would. Our shim checks the sandbox's devices (here it\n\
+             has none) and becomes runc's; for the production classes it becomes Kata's, which is not installed here.",
         )?;
         self.say.shown(&format!(
             "CRI RunPodSandbox(handler={DEMO_CLASS}), CreateContainer, StartContainer, ExecSync(echo)"
@@ -217,6 +231,8 @@ impl Demo {
             .cri()
             .prove_handler(DEMO_CLASS, images::BUSYBOX)?;
         self.say.output(&said)?;
+        self.say
+            .run(Command::new("find").args([PROGRAMS, "-type", "f,l", "-printf", "%P %l\\n"]))?;
 
         let artifacts = self.sandbox.work().join("artifacts");
         self.say.why(
@@ -313,8 +329,11 @@ fn write_config(
     registry: &Registry,
     containerd: &Instance,
     prefix: &Path,
+    shim: &Path,
 ) -> Result<PathBuf> {
     let work = sandbox.work().display();
+    let runc = sandbox.parts().containerd_dir(Version::V2.group());
+    let inner = runc.join("containerd-shim-runc-v2");
     let mut text = format!("artifactsDir: {work}/artifacts\nruntimeClasses:\n");
     for (name, artifact) in CLASSES {
         let url = registry.reference(artifact);
@@ -322,11 +341,15 @@ fn write_config(
     }
     let url = registry.reference(CLASSES[0].1);
     text.push_str(&format!(
-        "- name: {DEMO_CLASS}\n  runtimeType: io.containerd.runc.v2\n  artifacts:\n    url: {url}\n\
-         provider:\n  prefix: {prefix}\n\
+        "- name: {DEMO_CLASS}\n  runtimeType: io.containerd.runc.v2\n  innerShim: {inner}\n  \
+         artifacts:\n    url: {url}\n\
+         provider:\n  prefix: {prefix}\n  version: \"4.1\"\n\
+         shim:\n  program: {shim}\n  kubeletSocket: {work}/no-kubelet.sock\n\
          containerd:\n  config: {config}\n  socket: {socket}\n  \
          restart:\n    mode: command\n    command: {command:?}\n",
+        inner = inner.display(),
         prefix = prefix.display(),
+        shim = shim.display(),
         config = containerd.config().display(),
         socket = containerd.socket().display(),
         command = containerd.restart_command(),

@@ -33,7 +33,7 @@ poweroff -f
 ";
 
 /// How long a guest may take. It needs ten to twenty seconds with another node beside it.
-const GUEST: Duration = Duration::from_secs(75);
+const GUEST: Duration = Duration::from_secs(150);
 
 /// By what QEMU takes a device.
 #[derive(Clone, Copy, Debug)]
