@@ -43,7 +43,7 @@ pub enum PrepareError {
         why: BundleError,
     },
     /// It is not known what the kubelet gave.
-    #[error("cannot learn which devices the kubelet gave to this pod: {0}")]
+    #[error("cannot learn which devices the kubelet gave to this pod")]
     Kubelet(#[from] AskError),
     /// The decision.
     #[error(transparent)]
@@ -83,7 +83,8 @@ pub struct Prepared {
     pub decision: Decision,
 }
 
-/// Prepares a sandbox whose bundle is in `dir`; `None` for a container of a sandbox that runs.
+/// Prepares a sandbox whose bundle is in `dir`; `None` for a container of a sandbox that runs. `before_devices` is called before any
+/// function is looked at: one that is broken may not answer.
 ///
 /// # Errors
 /// [`PrepareError`]: the sandbox must not start.
@@ -92,6 +93,7 @@ pub fn prepare(
     settings: &Settings,
     start: &Start,
     dir: &Path,
+    before_devices: impl FnOnce(),
 ) -> Result<Option<Prepared>, PrepareError> {
     let path = dir.join(bundle::FILE);
     let text = read(&path)?;
@@ -105,6 +107,9 @@ pub fn prepare(
     }
     let case = case(settings);
     let (asked, wanted) = wanted(root, settings, &facts, case)?;
+    if !wanted.is_empty() {
+        before_devices();
+    }
     let claims = Claims::open(root)?;
     let lock = claims.lock(LOCK_WAIT)?;
     let others = claims.sweep()?;

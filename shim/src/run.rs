@@ -73,10 +73,9 @@ fn start_sandbox(
     start: &Start,
     argv: &[OsString],
 ) -> Result<Infallible, Refused> {
-    watch();
     let prepare = || {
         let dir = std::env::current_dir().map_err(Error::io("find", "the bundle"))?;
-        prepare::prepare(root, settings, start, &dir)
+        prepare::prepare(root, settings, start, &dir, watch)
     };
     match prepare() {
         Ok(None) => {}
@@ -95,7 +94,7 @@ fn start_sandbox(
     Err(refused)
 }
 
-/// Ends a start that does not come to an end: a file of the kernel's that a broken device does not answer, for one. The thread ends with
+/// Ends a start with devices that does not come to an end: a file of the kernel's that a broken device does not answer, for one. The thread ends with
 /// this program's image when the inner shim takes its place.
 fn watch() {
     let late = || {

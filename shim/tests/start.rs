@@ -222,6 +222,7 @@ fn refused(output: &Output, why: &str) {
         "{said}"
     );
     assert_eq!(said.lines().count(), 1, "{said}");
+    assert_eq!(said.matches(why).count(), 1, "said twice: {said}");
 }
 
 #[test]
@@ -343,7 +344,10 @@ fn a_gpu_is_one_sandboxs_until_that_has_ended() {
         &node.start("second"),
         "0000:13:00.0 is in use by sandbox first (its claim)",
     );
-    refused(&node.start("first"), "first");
+    refused(
+        &node.start("first"),
+        "is in use by sandbox first (its claim)",
+    );
     assert_eq!(
         (node.claims(), node.spec("second")),
         (vec!["first.json".to_owned()], before)
@@ -408,7 +412,9 @@ fn what_is_wrong_is_said_and_nothing_is_left() {
     let node = Node::new("4.1");
     node.bundle("abc", "sandbox");
     fs::remove_dir_all(node.root().join("opt/kata")).unwrap();
-    refused(&node.start("abc"), "cannot run");
+    let output = node.start("abc");
+    refused(&output, "cannot run");
+    refused(&output, ", the shim behind this handler");
     assert_eq!(node.claims(), [""; 0]);
     let log = fs::read_to_string(node.root().join("run/kata-manager/shim.log")).unwrap();
     assert!(log.contains("sandbox abc: "), "{log}");

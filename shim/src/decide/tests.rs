@@ -278,7 +278,9 @@ fn what_is_not_fit_is_refused() {
                 seen.used.insert(first, "sandbox x".to_owned());
             }) as &dyn Fn(&mut Seen),
         ),
-        ("all ones", &|seen| function(seen, |f| f.dead = true)),
+        ("answers nothing (all ones)", &|seen| {
+            function(seen, |f| f.dead = true)
+        }),
         ("the driver nvidia has it", &|seen| {
             function(seen, |f| f.driver = Some("nvidia".to_owned()))
         }),
