@@ -49,6 +49,7 @@ fn main() -> Result<ExitCode> {
         ("image", tests::image::TESTS),
         ("plugin", tests::plugin::TESTS),
         ("registries", tests::registries::TESTS),
+        ("shim-devices", tests::shim_devices::TESTS),
         ("topology", tests::topology::TESTS),
         ("transfer", tests::transfer::TESTS),
         ("trust", tests::trust::TESTS),

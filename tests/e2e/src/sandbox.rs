@@ -149,12 +149,12 @@ impl Sandbox {
         Ok(folder)
     }
 
-    /// Shows devices of the machine under other names, in a folder that has nothing else, until the guard is dropped. A folder that
-    /// is not there is made for as long; only the sandbox sees what is in it.
+    /// Covers a folder as [`Self::cover`] does, until the guard is dropped. A folder that is not there is made for as long; only the
+    /// sandbox sees what is in it.
     ///
     /// # Errors
-    /// When the kernel refuses a mount.
-    pub fn devices(&self, folder: &Path, names: &[(&str, &str)]) -> Result<Shown> {
+    /// When the kernel refuses the mount.
+    pub fn make(&self, folder: &Path) -> Result<Shown> {
         let made = !folder.exists();
         if made {
             fs::create_dir(folder).with_context(|| format!("make {}", folder.display()))?;
@@ -166,6 +166,16 @@ impl Sandbox {
         };
         cover(folder, c"mode=0755")?;
         shown.mounted = true;
+        Ok(shown)
+    }
+
+    /// Shows devices of the machine under other names, in a folder that has nothing else, until the guard is dropped; else as
+    /// [`Self::make`].
+    ///
+    /// # Errors
+    /// When the kernel refuses a mount.
+    pub fn devices(&self, folder: &Path, names: &[(&str, &str)]) -> Result<Shown> {
+        let shown = self.make(folder)?;
         for (name, device) in names {
             let node = folder.join(name);
             fs::write(&node, "")?;
@@ -186,7 +196,7 @@ impl Sandbox {
     }
 }
 
-/// What [`Sandbox::devices`] shows, until this is dropped.
+/// What [`Sandbox::make`] and [`Sandbox::devices`] show, until this is dropped.
 #[derive(Debug)]
 pub struct Shown {
     path: PathBuf,

@@ -13,7 +13,7 @@ use tokio::time::timeout;
 use tonic::transport::Channel;
 
 use crate::kubelet::Kubelet;
-use crate::state::{Given, Shared};
+use crate::state::{Claimed, Given, Service, Shared, State};
 
 /// The longest that a plugin may take to answer.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -47,6 +47,24 @@ enum Command {
         pod: String,
         container: String,
     },
+    /// Has a container have devices without asking a plugin, as a kubelet knows them from its checkpoint.
+    Give {
+        resource: String,
+        ids: Vec<String>,
+        namespace: String,
+        pod: String,
+        container: String,
+    },
+    /// Has a container have a claim of dynamic resource allocation, with these CDI devices.
+    Claim {
+        claim: String,
+        cdi: Vec<String>,
+        namespace: String,
+        pod: String,
+        container: String,
+    },
+    /// How PodResources is served from now on.
+    Serve { podresources: Service },
     /// Takes back all that a pod has.
     Release { namespace: String, pod: String },
     /// Calls Allocate again and again, and gives nothing to anybody. Answers with calls a second.
@@ -138,13 +156,50 @@ impl Player {
                 });
                 Ok(shown(&ids, &answer))
             }
+            Command::Give {
+                resource,
+                ids,
+                namespace,
+                pod,
+                container,
+            } => {
+                self.shared.lock().given.push(Given {
+                    namespace,
+                    pod,
+                    container,
+                    resource,
+                    ids: ids.into_iter().collect(),
+                });
+                Ok(Value::Null)
+            }
+            Command::Claim {
+                claim,
+                cdi,
+                namespace,
+                pod,
+                container,
+            } => {
+                self.shared.lock().claimed.push(Claimed {
+                    namespace,
+                    pod,
+                    container,
+                    claim,
+                    cdi,
+                });
+                Ok(Value::Null)
+            }
+            Command::Serve { podresources } => {
+                self.shared.lock().service = podresources;
+                Ok(Value::Null)
+            }
             Command::Release { namespace, pod } => {
                 let mut state = self.shared.lock();
-                let before = state.given.len();
-                state
-                    .given
-                    .retain(|given| given.namespace != namespace || given.pod != pod);
-                Ok(json!(before - state.given.len()))
+                let count = |state: &State| state.given.len() + state.claimed.len();
+                let before = count(&state);
+                let other = |of: &str, name: &str| of != namespace || name != pod;
+                state.given.retain(|one| other(&one.namespace, &one.pod));
+                state.claimed.retain(|one| other(&one.namespace, &one.pod));
+                Ok(json!(before - count(&state)))
             }
             Command::Rate {
                 resource,

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tonic::transport::Channel;
 
 /// A device as a plugin listed it.
@@ -44,10 +44,36 @@ pub(crate) struct Given {
     pub(crate) ids: BTreeSet<String>,
 }
 
+/// A claim of dynamic resource allocation that a container has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Claimed {
+    pub(crate) namespace: String,
+    pub(crate) pod: String,
+    pub(crate) container: String,
+    pub(crate) claim: String,
+    /// CDI devices by their whole names, as the driver prepared them.
+    pub(crate) cdi: Vec<String>,
+}
+
+/// How PodResources is served.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) enum Service {
+    /// All of it, as from Kubernetes 1.34 on.
+    #[default]
+    Whole,
+    /// Without `Get`, as before that without the feature gate.
+    WithoutGet,
+    /// Calls are taken and never answered.
+    Stalled,
+}
+
 #[derive(Debug, Default)]
 pub(crate) struct State {
     pub(crate) resources: BTreeMap<String, Resource>,
     pub(crate) given: Vec<Given>,
+    pub(crate) claimed: Vec<Claimed>,
+    pub(crate) service: Service,
     /// How many registrations there were.
     pub(crate) serial: u64,
 }

@@ -65,6 +65,13 @@ impl Cri {
         })
     }
 
+    /// The same client with another deadline for each call.
+    #[must_use]
+    pub fn patient(mut self, deadline: Duration) -> Self {
+        self.endpoint = self.endpoint.timeout(deadline);
+        self
+    }
+
     fn call<Q, S>(&self, method: &'static str, request: Q) -> Result<S>
     where
         Q: prost::Message + Send + Sync + 'static,
@@ -160,10 +167,26 @@ impl Cri {
         handler: &str,
         annotations: &HashMap<String, String>,
     ) -> Result<String> {
+        self.run_configured(handler, pod_config(annotations))
+    }
+
+    /// As [`Self::run_sandbox`], in the namespace `default` and with a name that a kubelet can know.
+    ///
+    /// # Errors
+    /// As [`Self::run_sandbox`].
+    pub fn run_sandbox_named(&self, handler: &str, name: &str) -> Result<String> {
+        let mut config = pod_config(&HashMap::new());
+        if let Some(metadata) = &mut config.metadata {
+            name.clone_into(&mut metadata.name);
+        }
+        self.run_configured(handler, config)
+    }
+
+    fn run_configured(&self, handler: &str, config: m::PodSandboxConfig) -> Result<String> {
         let run: m::PodSandboxId = self.call(
             "/runtime.v1.RuntimeService/RunPodSandbox",
             m::RunPodSandboxRequest {
-                config: Some(pod_config(annotations)),
+                config: Some(config),
                 runtime_handler: handler.to_owned(),
             },
         )?;
@@ -191,6 +214,33 @@ impl Cri {
         annotations: &HashMap<String, String>,
     ) -> Result<Pod> {
         let sandbox = self.run_sandbox(handler, &HashMap::new())?;
+        self.fill(sandbox, image, command, cdi_devices, annotations)
+    }
+
+    /// As [`Self::run_pod`], with a name as [`Self::run_sandbox_named`] gives it.
+    ///
+    /// # Errors
+    /// As [`Self::run_pod`].
+    pub fn run_pod_named(
+        &self,
+        handler: &str,
+        name: &str,
+        image: &str,
+        command: &[&str],
+    ) -> Result<Pod> {
+        let sandbox = self.run_sandbox_named(handler, name)?;
+        self.fill(sandbox, image, command, &[], &HashMap::new())
+    }
+
+    /// Runs the one container of a sandbox, or removes the sandbox.
+    fn fill(
+        &self,
+        sandbox: String,
+        image: &str,
+        command: &[&str],
+        cdi_devices: &[&str],
+        annotations: &HashMap<String, String>,
+    ) -> Result<Pod> {
         let config = m::ContainerConfig {
             metadata: Some(m::ContainerMetadata {
                 name: "main".to_owned(),
@@ -241,12 +291,20 @@ impl Cri {
     /// # Errors
     /// When it cannot be run; its own exit code is part of the answer.
     pub fn exec(&self, container: &str, command: &[&str]) -> Result<Said> {
+        self.exec_within(container, command, 10)
+    }
+
+    /// As [`Self::exec`], with so many seconds to end.
+    ///
+    /// # Errors
+    /// As [`Self::exec`].
+    pub fn exec_within(&self, container: &str, command: &[&str], seconds: i64) -> Result<Said> {
         let said: m::ExecSyncResponse = self.call(
             "/runtime.v1.RuntimeService/ExecSync",
             m::ExecSyncRequest {
                 container_id: container.to_owned(),
                 cmd: strings(command),
-                timeout: 10,
+                timeout: seconds,
             },
         )?;
         Ok(Said {

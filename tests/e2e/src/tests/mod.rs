@@ -17,6 +17,7 @@ pub(crate) mod others;
 pub(crate) mod plugin;
 pub(crate) mod registries;
 pub(crate) mod shim;
+pub(crate) mod shim_devices;
 pub(crate) mod topology;
 pub(crate) mod transfer;
 pub(crate) mod trust;

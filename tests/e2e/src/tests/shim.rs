@@ -36,7 +36,7 @@ const SETTINGS: &str = "/etc/kata-manager";
 const CLAIMS: &str = "/run/kata-manager/sandboxes";
 
 /// The program under test: `KM_SHIM` names it, else it lies beside kata-manager's.
-fn program(node_binary: &Path) -> Result<PathBuf> {
+pub(super) fn program(node_binary: &Path) -> Result<PathBuf> {
     let path = match std::env::var_os("KM_SHIM") {
         Some(path) => path.into(),
         None => node_binary.with_file_name(PROGRAM),
@@ -50,7 +50,7 @@ fn program(node_binary: &Path) -> Result<PathBuf> {
 }
 
 /// runc's shim of 1.7, which works under every containerd here.
-fn inner(sandbox: &Sandbox) -> PathBuf {
+pub(super) fn inner(sandbox: &Sandbox) -> PathBuf {
     let dir = sandbox.parts().containerd_dir(Version::V1_7.group());
     dir.join("containerd-shim-runc-v2")
 }
@@ -58,8 +58,8 @@ fn inner(sandbox: &Sandbox) -> PathBuf {
 /// One after the other: what is installed has one place.
 fn lives(sandbox: &Sandbox) -> Result<()> {
     sandbox.cover("/opt".as_ref())?;
-    fs::create_dir_all(SETTINGS)?;
-    sandbox.cover(SETTINGS.as_ref())?;
+    // Nothing of it stays on the machine, not even an empty folder.
+    let _settings = sandbox.make(SETTINGS.as_ref())?;
     for version in Version::ALL {
         lives_in(sandbox, version).with_context(|| format!("{version:?}"))?;
     }
