@@ -1,5 +1,5 @@
 //! Measures kata-manager against other programs that do the same work, and against what the machine can do.
-//! `hack/bench artifacts` and `hack/bench plugin` run it; see docs/src/performance.md.
+//! `hack/bench artifacts`, `hack/bench plugin` and `hack/bench shim` run it; see docs/src/performance.md.
 //!
 //! It needs root; everything happens in namespaces and a work folder that are gone afterwards.
 
@@ -14,18 +14,19 @@ mod mix;
 mod plugin;
 mod relay;
 mod rows;
+mod shim;
 mod site;
 mod table;
 
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail, ensure};
-use km_tests_e2e::sandbox::{self, Entered};
+use km_tests_e2e::sandbox::{self, Entered, Sandbox};
 
 /// The groups of parts that it needs.
 const PARTS: &[&str] = &["containerd-1.7", "kernel", "oras", "skopeo", "tools"];
 
-const USAGE: &str = "hack/bench artifacts [--full] [--runs N] [ROW...] | hack/bench plugin";
+const USAGE: &str = "hack/bench artifacts [--full] [--runs N] [ROW...] | hack/bench plugin | hack/bench shim [RUNS]";
 
 /// What is to be measured.
 #[derive(Clone, Debug)]
@@ -68,9 +69,20 @@ impl Arguments {
     }
 }
 
+/// How often the shim is run, unless told otherwise.
+const STARTS: usize = 1000;
+
 fn main() -> Result<ExitCode> {
-    if std::env::args().nth(1).as_deref() == Some("plugin") {
-        return plugin();
+    match std::env::args().nth(1).as_deref() {
+        Some("plugin") => return alone(plugin::measure),
+        Some("shim") => {
+            let runs = match std::env::args().nth(2) {
+                Some(runs) => runs.parse().with_context(|| format!("{runs}: {USAGE}"))?,
+                None => STARTS,
+            };
+            return alone(|sandbox| shim::measure(sandbox, runs));
+        }
+        _ => {}
     }
     let arguments = Arguments::parse(std::env::args().skip(1))?;
     match sandbox::enter(PARTS)? {
@@ -85,12 +97,13 @@ fn main() -> Result<ExitCode> {
     }
 }
 
-fn plugin() -> Result<ExitCode> {
+/// A measurement that needs no programs of others.
+fn alone(measure: impl FnOnce(&Sandbox) -> Result<table::Table>) -> Result<ExitCode> {
     match sandbox::enter(&[])? {
         Entered::Left(code) => Ok(code),
         Entered::Unavailable(reason) => bail!("this machine cannot run the measurement: {reason}"),
         Entered::Inside(sandbox) => {
-            plugin::measure(&sandbox)?.print();
+            measure(&sandbox)?.print();
             Ok(ExitCode::SUCCESS)
         }
     }

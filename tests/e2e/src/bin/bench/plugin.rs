@@ -149,7 +149,8 @@ fn switches(pid: u32) -> Result<u64> {
     Ok(sum)
 }
 
-fn kibibytes(pid: u32, name: &str) -> Result<f64> {
+/// A line of a process's status in /proc (proc(5)), which is in KiB.
+pub(crate) fn kibibytes(pid: u32, name: &str) -> Result<f64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
     let line = status.lines().find_map(|line| line.strip_prefix(name));
     let count = line.and_then(|line| line.trim().strip_suffix(" kB"));

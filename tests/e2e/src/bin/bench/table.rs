@@ -11,6 +11,10 @@ pub(crate) enum Unit {
     Mebibytes,
     /// Bytes.
     Bytes,
+    /// Milliseconds.
+    Milliseconds,
+    /// So many.
+    Count,
 }
 
 /// One figure.
@@ -42,6 +46,8 @@ impl Figure {
             Unit::Ratio => format!("{value:.2}"),
             Unit::Mebibytes => format!("{:.1} MiB", value / f64::from(1 << 20)),
             Unit::Bytes => format!("{value:.0} B"),
+            Unit::Milliseconds => format!("{value:.2} ms"),
+            Unit::Count => format!("{value:.0}"),
         }
     }
 }

@@ -1,0 +1,371 @@
+//! What the shim adds to a sandbox's `start`: pairs of runs, the shim with an inner shim behind it and that inner shim alone. And what stays
+//! in memory afterwards, beside what a shim that stays would take.
+
+use std::fs;
+use std::io::Write as _;
+use std::os::unix::fs::symlink;
+use std::os::unix::net::UnixListener;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use km_podresources::Client;
+use km_tests_e2e::km::Km;
+use km_tests_e2e::kubelet::Kubelet;
+use km_tests_e2e::sandbox::Sandbox;
+use km_tests_e2e::wait;
+use km_tests_sysfs::{Machine, shapes};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::json;
+
+use crate::plugin::kibibytes;
+use crate::table::{Figure, Table, Unit, say};
+
+/// The program, as the build names it.
+const PROGRAM: &str = "containerd-shim-kata-qemu-nvidia-gpu-v2";
+
+/// The handlers: a Kata that finds a pod's devices by itself, and one that gets their nodes written.
+const CHECKED: &str = "bench-check";
+const WRITTEN: &str = "bench-write";
+
+/// How many functions of others the bus has.
+const FOREIGN: u32 = 300;
+
+/// Runs that are not counted: files come into the page cache.
+const WARM: usize = 20;
+
+/// How often the kubelet's answer is timed.
+const ANSWERS: usize = 300;
+
+/// Writes neither files nor to a terminal, and ends at once: what an inner shim costs at the least.
+const INNER: &str = "/bin/echo";
+
+/// A pod: its name, the handler, how many GPUs it has, and the bytes of its config.json.
+struct Case {
+    pod: &'static str,
+    handler: &'static str,
+    gpus: usize,
+    bytes: usize,
+}
+
+const CASES: &[Case] = &[
+    Case {
+        pod: "plain",
+        handler: CHECKED,
+        gpus: 0,
+        bytes: 10_000,
+    },
+    Case {
+        pod: "one",
+        handler: CHECKED,
+        gpus: 1,
+        bytes: 10_000,
+    },
+    Case {
+        pod: "all",
+        handler: WRITTEN,
+        gpus: 16,
+        bytes: 300_000,
+    },
+];
+
+/// Measures it.
+///
+/// # Errors
+/// When a program fails; a figure that is missed is none.
+pub(crate) fn measure(sandbox: &Sandbox, runs: usize) -> Result<Table> {
+    let root = sandbox.folder("shim")?;
+    // Bundles and claims are in memory.
+    fs::create_dir(root.join("run"))?;
+    sandbox.cover(&root.join("run"))?;
+    let gpus = write(&root)?;
+    let mut kubelet = Kubelet::new(&root.join("kubelet"), &root.join("kubelet.log"))?;
+    kubelet.start()?;
+    for case in CASES {
+        kubelet.ask(&json!({ "give": {
+            "resource": "nvidia.com/pgpu", "ids": gpus[..case.gpus],
+            "namespace": "default", "pod": case.pod, "container": "main",
+        } }))?;
+    }
+    let mut table = Table::default();
+    let load = fs::read_to_string("/proc/loadavg")?;
+    say(&format!(
+        "{runs} pairs each, {FOREIGN} functions of others on the bus; load {}. The kubelet's own answer is left out: the median of Get on a \
+         connection that is there; connecting counts.",
+        load.split(' ').next().unwrap_or_default()
+    ));
+    for case in CASES {
+        let answer = answer(&root, case)?;
+        let pairs = pairs(&root, case, runs)?;
+        let name = format!(
+            "start, {} GPUs, config.json of {} kB",
+            case.gpus,
+            case.bytes / 1000
+        );
+        say(&format!(
+            "{name}: the inner shim alone {:.2} ms at the median, with ours before it {:.2} ms, of which the kubelet's answer {answer:.2} ms",
+            median(pairs.iter().map(|pair| pair.0)),
+            median(pairs.iter().map(|pair| pair.1))
+        ));
+        let added = || pairs.iter().map(|pair| pair.1 - pair.0 - answer);
+        let mut add = |what: &str, must: f64, measured| {
+            table.add(Figure {
+                work: format!("{name}: added, {what}"),
+                unit: Unit::Milliseconds,
+                must,
+                goal: must,
+                measured,
+            });
+        };
+        match case.gpus {
+            0 | 1 => add("median", 1.0, median(added())),
+            _ => add("p99", 5.0, quantile(added(), 0.99)),
+        }
+    }
+    let ours = fs::canonicalize(program()?)?;
+    table.add(Figure {
+        work: "processes of the shim that stay".to_owned(),
+        unit: Unit::Count,
+        must: 0.0,
+        goal: 0.0,
+        measured: processes(&ours)?.len() as f64,
+    });
+    resident(&root)?;
+    Ok(table)
+}
+
+/// `KM_SHIM` names it, else it lies beside kata-manager's.
+fn program() -> Result<PathBuf> {
+    let path = match std::env::var_os("KM_SHIM") {
+        Some(path) => path.into(),
+        None => Km::find()?.binary().with_file_name(PROGRAM),
+    };
+    ensure!(path.is_file(), "{} is not there: make shim", path.display());
+    Ok(path)
+}
+
+/// Sixteen GPUs on VFIO among other functions, their CDI specs, and two handlers. Gives the GPUs' addresses.
+fn write(root: &Path) -> Result<Vec<String>> {
+    let mut machine = shapes::crowd(FOREIGN);
+    let nvidia = machine
+        .devices
+        .iter_mut()
+        .filter(|device| device.vfio.is_some() || device.id == shapes::L40);
+    for (number, device) in (0..).zip(nvidia) {
+        let mut gpu = device.clone().vfio(number);
+        gpu.id = shapes::H100_SXM;
+        gpu.class = shapes::GPU;
+        *device = gpu;
+    }
+    Machine::write(&machine, root);
+    fs::remove_dir_all(root.join("proc"))?;
+    symlink("/proc", root.join("proc"))?;
+    let nodes = root.join("dev/vfio");
+    fs::create_dir_all(&nodes)?;
+    let mut gpus = Vec::new();
+    for device in machine.devices.iter().filter(|one| one.vfio.is_some()) {
+        let group = device.group.context("a device on VFIO has a group")?;
+        // Any device that can be opened, as a group's node that nobody has.
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            nodes.join(group.to_string()),
+            rustix::fs::FileType::CharacterDevice,
+            rustix::fs::Mode::RWXU,
+            rustix::fs::makedev(1, 3),
+        )?;
+        gpus.push(device.address.clone());
+    }
+    let km = Km::find()?.env("KATA_MANAGER_HOST_ROOT", root);
+    km.expect(&["cdi", "generate"], 0)?;
+    fs::copy(INNER, root.join("inner"))?;
+    for (handler, kata) in [(CHECKED, "4.1"), (WRITTEN, "3.2")] {
+        let settings = json!({
+            "handler": handler, "class": handler, "innerShim": "/inner", "kata": {"flavor": "go", "version": kata},
+            "containerd": "2", "kubeletSocket": "/kubelet/pod-resources/kubelet.sock",
+        });
+        let folder = root.join("etc/kata-manager/handlers");
+        fs::create_dir_all(&folder)?;
+        fs::write(folder.join(format!("{handler}.json")), settings.to_string())?;
+        symlink(program()?, shim(root, handler))?;
+    }
+    ensure!(gpus.len() == 16, "there are {} GPUs", gpus.len());
+    Ok(gpus)
+}
+
+/// Milliseconds of the kubelet's answer about a pod, at the median.
+fn answer(root: &Path, case: &Case) -> Result<f64> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let socket = root.join("kubelet/pod-resources/kubelet.sock");
+    runtime.block_on(async {
+        let client = Client::connect(&socket, Duration::from_secs(60)).await?;
+        let mut took = Vec::new();
+        for _ in 0..ANSWERS {
+            let begin = Instant::now();
+            client.get("default", case.pod).await?;
+            took.push(begin.elapsed().as_secs_f64() * 1000.0);
+        }
+        Ok(median(took.into_iter()))
+    })
+}
+
+fn shim(root: &Path, handler: &str) -> PathBuf {
+    root.join(format!("containerd-shim-{handler}-v2"))
+}
+
+/// Milliseconds of the inner shim alone, and of ours with it, again and again; who is first changes each time.
+fn pairs(root: &Path, case: &Case, runs: usize) -> Result<Vec<(f64, f64)>> {
+    let spec = spec(case);
+    let (inner, ours) = (root.join("inner"), shim(root, case.handler));
+    let mut found = Vec::with_capacity(runs);
+    for run in 0..runs + WARM {
+        let once = |program: &Path| once(root, program, &ours, case, &spec);
+        let pair = if run % 2 == 0 {
+            let alone = once(&inner)?;
+            (alone, once(&ours)?)
+        } else {
+            let both = once(&ours)?;
+            (once(&inner)?, both)
+        };
+        if run >= WARM {
+            found.push(pair);
+        }
+    }
+    Ok(found)
+}
+
+/// One `start`, as containerd calls it: its milliseconds. The bundle and the claim are gone afterwards.
+fn once(root: &Path, program: &Path, name: &Path, case: &Case, spec: &str) -> Result<f64> {
+    let bundle = root.join("run/bundle");
+    fs::create_dir_all(&bundle)?;
+    fs::write(bundle.join("config.json"), spec)?;
+    let mut command = Command::new(program);
+    command
+        .arg0(name)
+        .args([
+            "-namespace",
+            "k8s.io",
+            "-address",
+            "/c.sock",
+            "-id",
+            case.pod,
+            "start",
+        ])
+        .current_dir(&bundle)
+        .env("KATA_MANAGER_HOST_ROOT", root)
+        .env("MAX_SHIM_VERSION", "2")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null());
+    let begin = Instant::now();
+    let status = command.status()?;
+    let took = begin.elapsed().as_secs_f64() * 1000.0;
+    ensure!(
+        status.success(),
+        "{} ended with {status}",
+        program.display()
+    );
+    fs::remove_dir_all(&bundle)?;
+    let claim = root.join(format!("run/kata-manager/sandboxes/{}.json", case.pod));
+    match (program == name, fs::remove_file(&claim)) {
+        (true, Err(error)) => Err(error).context("the shim has left no claim"),
+        (false, Ok(())) => Err(anyhow::anyhow!("the inner shim has left a claim")),
+        _ => Ok(took),
+    }
+}
+
+/// A config.json of about that size: environment variables make it large in life, too.
+fn spec(case: &Case) -> String {
+    let variables: Vec<String> = (0..case.bytes / 40)
+        .map(|number| format!("VARIABLE_{number:06}=some value of some"))
+        .collect();
+    json!({
+        "ociVersion": "1.1.0", "process": {"args": ["/pause"], "env": variables}, "root": {"path": "rootfs"},
+        "annotations": {
+            "io.kubernetes.cri.container-type": "sandbox", "io.kubernetes.cri.sandbox-id": case.pod,
+            "io.kubernetes.cri.sandbox-name": case.pod, "io.kubernetes.cri.sandbox-namespace": "default",
+        },
+        "linux": {"devices": [], "resources": {"devices": [{"allow": false}]}},
+    })
+    .to_string()
+}
+
+fn median(values: impl Iterator<Item = f64>) -> f64 {
+    quantile(values, 0.5)
+}
+
+fn quantile(values: impl Iterator<Item = f64>, at: f64) -> f64 {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    let last = values.len().saturating_sub(1);
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "it is between 0 and the number of values"
+    )]
+    let place = (last as f64 * at).ceil() as usize;
+    values.get(place).copied().unwrap_or_default()
+}
+
+/// The processes that are this program.
+fn processes(program: &Path) -> Result<Vec<u32>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc")? {
+        let Ok(pid) = entry?.file_name().to_string_lossy().parse() else {
+            continue;
+        };
+        if fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe == program) {
+            found.push(pid);
+        }
+    }
+    Ok(found)
+}
+
+/// Says what the least shim that stays takes: `KM_RESIDENT_SHIM` names it, a release build.
+fn resident(root: &Path) -> Result<()> {
+    let Some(program) = std::env::var_os("KM_RESIDENT_SHIM") else {
+        say("A shim that stays is not measured: KM_RESIDENT_SHIM names none.");
+        return Ok(());
+    };
+    let program = fs::canonicalize(program)?;
+    let folder = root.join("resident");
+    fs::create_dir_all(&folder)?;
+    fs::File::create(folder.join("log"))?.write_all(b"")?;
+    let events = folder.join("c.sock.ttrpc");
+    let _listens = UnixListener::bind(&events)?;
+    let status = Command::new(&program)
+        .args([
+            "-namespace",
+            "k8s.io",
+            "-id",
+            "resident",
+            "-address",
+            "/c.sock",
+            "start",
+        ])
+        .current_dir(&folder)
+        .env("TTRPC_ADDRESS", &events)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .status()?;
+    ensure!(
+        status.success(),
+        "{} ended with {status}",
+        program.display()
+    );
+    let pid = wait::until("the shim that stays", Duration::from_secs(30), || {
+        let found = processes(&program)?;
+        found.first().copied().context("it does not run")
+    })?;
+    std::thread::sleep(Duration::from_secs(1));
+    let memory = kibibytes(pid, "VmRSS:")?;
+    let raw = i32::try_from(pid).ok().and_then(Pid::from_raw);
+    kill_process(raw.context("a process's number")?, Signal::KILL)?;
+    say(&format!(
+        "For comparison: the least shim of the containerd-shim crate, which stays as a proxy would, has {:.1} MiB resident for each pod.",
+        memory / 1024.0
+    ));
+    Ok(())
+}
