@@ -20,7 +20,7 @@ mod refusal;
 pub mod request;
 pub mod timeouts;
 
-pub use kata::{Flavor, Kata, Version};
+pub use kata::{Flavor, GO_PORTS, Kata, Version};
 pub use make::plan;
 pub use plan::{Expander, IommuFd, Placed, Plan, Port, PortKind, Skipped, Switch, Told};
 pub use refusal::Refusal;

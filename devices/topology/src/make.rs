@@ -338,6 +338,8 @@ fn expanders(plan: &mut Plan, request: &Request, given: &[&Device]) -> Result<()
             Some(_) => {}
         }
     }
+    // What hangs on pcie.0 must be numbered below the first expander.
+    bus("pcie.0", first_bus(&request.writer) - 1, EXPANDER_BUSES - 1)?;
     let mut chassis = Chassis::beside(&request.writer);
     for (guest_node, host_node) in (0_u16..).zip(nodes) {
         let first = EXPANDER_BUSES * (guest_node + 1);

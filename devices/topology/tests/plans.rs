@@ -197,10 +197,69 @@ fn what_would_not_come_out_is_refused_with_what_to_do() {
             ..Taken::default()
         });
     });
-    assert_eq!(wrong.len(), 19);
+    // Slots 9 to 30 of pcie.0: 31 is the machine's.
+    case("makes 22 at most", &|r| *r = request(Flavor::Rust, 23));
+    case("emits no switch", &|r| {
+        r.layout = Some(Layout::SwitchPort);
+        r.kata.flavor = Flavor::Rust;
+    });
+    case("emits no switch", &|r| {
+        r.layout = Some(Layout::SwitchPort);
+        r.writer = Writer::Launcher(Taken::default());
+    });
+    case("emits no expander", &|r| {
+        r.layout = Some(Layout::Numa);
+        r.kata.flavor = Flavor::Rust;
+    });
+    // Bus numbers below an expander end where the next begins; those of pcie.0 where the first does.
+    case("needs bus numbers up to 64, and 63 is its last", &|r| {
+        r.devices = (0..32).map(|number| device(number, GPU, Some(0))).collect();
+        r.guest.numa = vec![0, 1];
+        r.writer = Writer::Launcher(Taken::default());
+    });
+    case(
+        "pcie.0 needs bus numbers up to 32, and 31 is its last",
+        &|r| {
+            r.guest.numa = vec![0, 1];
+            r.writer = Writer::Launcher(Taken {
+                buses: 32,
+                ..Taken::default()
+            });
+        },
+    );
+    case(
+        "pcie.0 needs bus numbers up to 256, and 255 is its last",
+        &|r| {
+            r.writer = Writer::Launcher(Taken {
+                buses: 254,
+                ..Taken::default()
+            });
+        },
+    );
+    assert_eq!(wrong.len(), 26);
     for (word, message) in wrong {
         assert!(message.contains(word), "{word}: {message}");
     }
+}
+
+#[test]
+fn the_limits_themselves_are_reached() {
+    assert_eq!(plan(&request(Flavor::Go, 16)).unwrap().ports.len(), 16);
+    let rust = plan(&request(Flavor::Rust, 22)).unwrap();
+    assert_eq!(rust.ports.last().and_then(|port| port.addr), Some(30));
+    let mut asked = request(Flavor::Go, 2);
+    asked.writer = Writer::Launcher(Taken {
+        buses: 253,
+        ..Taken::default()
+    });
+    let last = plan(&asked).unwrap().ports.last().map(|port| port.bus);
+    assert_eq!(last, Some(255));
+    asked.writer = Writer::Launcher(Taken::default());
+    asked.guest.numa = (0..7).collect();
+    asked.devices = (0..31).map(|number| device(number, GPU, Some(6))).collect();
+    let made = plan(&asked).unwrap();
+    assert_eq!(made.expanders.last().map(|last| last.last_bus), Some(255));
+    assert_eq!(made.ports.last().map(|port| port.bus), Some(255));
 }
 
 #[test]
@@ -271,6 +330,9 @@ fn sound(asked: &Request, made: &Plan) {
         }
     }
     assert_eq!(made.devices.len() + made.skipped.len(), asked.devices.len());
+    if let (Writer::Launcher(taken), Some(first)) = (&asked.writer, made.expanders.first()) {
+        assert!(taken.buses < u16::from(first.bus), "{taken:?} {first:?}");
+    }
     if let Writer::Launcher(taken) = &asked.writer {
         assert!(taken.chassis.is_disjoint(&slots));
     }
