@@ -47,3 +47,41 @@ fn guests_of_prepared_machines_are_planned() {
     let off = place(&shapes::no_iommu()).run(&["topology", "--plan", "all"]);
     assert_snapshot!("topology_plan_no_iommu", off);
 }
+
+/// The guest that the book draws, and the pages that do.
+const DRAWN: [&str; 7] = [
+    "topology",
+    "--plan",
+    "13:00.0,94:00.0",
+    "--numa",
+    "0,1",
+    "--vcpus",
+    "8",
+];
+
+#[test]
+fn the_book_shows_what_the_program_prints() {
+    let place = Place::new(Some(GPU));
+    km_tests_sysfs::shapes::eight_gpus().write(&place.path().join("root"));
+    let nodes = place.path().join("root/dev/vfio/devices");
+    std::fs::create_dir_all(&nodes).unwrap();
+    for number in 0..12 {
+        std::fs::write(nodes.join(format!("vfio{number}")), "").unwrap();
+    }
+    let book = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/src");
+    let page = std::fs::read_to_string(book.join("topology.md")).unwrap();
+    let prompt = format!("# kata-manager {}\n", DRAWN.join(" "));
+    let (_, block) = page.split_once(&prompt).expect("the command is shown");
+    let (shown, _) = block.split_once("  ...\n").expect("the rest is left out");
+    let said = place.run(&DRAWN);
+    assert!(
+        said.stdout.starts_with(shown),
+        "the page shows\n{shown}\nand it is\n{said}"
+    );
+    let drawing = book.join("planned-guest.svg");
+    let said = place.run(&[&DRAWN[..], &["--svg", "-"]].concat());
+    if std::env::var_os("INSTA_UPDATE").is_some_and(|how| how == "always") {
+        std::fs::write(&drawing, &said.stdout).unwrap();
+    }
+    assert_eq!(std::fs::read_to_string(&drawing).unwrap(), said.stdout);
+}
