@@ -6,7 +6,8 @@ use anyhow::{Context as _, Result};
 use km_artifacts::registry::Client;
 use km_artifacts::{Artifact, DerivedFile, GenerationMeta, Limits};
 use km_host::HostPath;
-use km_runtimeclasses::GuestFile;
+use km_runtimeclasses::{GuestFile, Rendered};
+use km_shim::launch::generation::{self, Generation};
 
 pub(crate) use containerd::{change, report, settle};
 
@@ -92,13 +93,14 @@ async fn switch_and_register<'a>(
     prepared: &Prepared,
     switched: &mut Vec<&'a SeenClass>,
 ) -> Result<()> {
+    // A generation may name the launcher, which must be there first.
+    programs::install(node, &seen.programs)?;
     for (class, work) in seen.classes.iter().zip(&prepared.classes) {
         if let ClassWork::Make(number) | ClassWork::Reuse(number) = work {
             switched.push(class);
             node.store.activate(&class.class.name, *number)?;
         }
     }
-    programs::install(node, &seen.programs)?;
     containerd::register(node, journal, &seen.containerd, prepared).await
 }
 
@@ -229,15 +231,36 @@ fn derive(
             .into());
         }
     }
-    let mut made = vec![DerivedFile {
+    let mut made = Vec::new();
+    if programs::launcher(&node.config, &seen.class)?.is_some() {
+        made.push(launches(
+            &rendered,
+            wanted::provider(&node.config).path(kind.qemu),
+        )?);
+    }
+    made.push(DerivedFile {
         path: wanted::CONFIGURATION.to_owned(),
         bytes: rendered.text.into_bytes(),
-    }];
-    made.extend(seen.drop_in.as_ref().map(|text| DerivedFile {
-        path: km_runtimeclasses::DROP_IN.to_owned(),
-        bytes: text.clone().into_bytes(),
+    });
+    made.extend(seen.additions.iter().map(|added| DerivedFile {
+        path: added.path.clone(),
+        bytes: added.text.clone().into_bytes(),
     }));
     Ok(made)
+}
+
+/// What the launcher must know of the generation that it is named in: the QEMU that its configuration means.
+fn launches(rendered: &Rendered, class_qemu: String) -> Result<DerivedFile> {
+    let mut named = rendered.references.iter();
+    let named = named.find(|reference| reference.key == "hypervisor.qemu.path");
+    let qemu = named.map_or(class_qemu, |named| named.path.clone());
+    let launches = Generation {
+        qemu: HostPath::new(qemu)?,
+    };
+    Ok(DerivedFile {
+        path: generation::FILE.to_owned(),
+        bytes: launches.render()?,
+    })
 }
 
 fn read_own(node: &Node, artifact: &Artifact, path: &str) -> Result<String> {

@@ -2,6 +2,7 @@
 //!
 //! This package wires the crates together and owns no mechanism; see ARCHITECTURE.md.
 
+mod additions;
 mod cli;
 mod collect;
 mod config;

@@ -15,6 +15,7 @@ use km_host::HostPath;
 
 pub(crate) use containerd::{SeenContainerd, containerd, files};
 
+use crate::additions::{self, Addition};
 use crate::config::{Artifacts, RuntimeClass, Update};
 use crate::failure::{self, Failure, Kind};
 use crate::journal::Journal;
@@ -59,10 +60,10 @@ pub(crate) struct SeenClass {
     pub(crate) artifact: SeenArtifact,
     /// See [`wanted::inputs`].
     pub(crate) inputs: Digest,
-    /// What the node adds to its Kata configuration.
-    pub(crate) drop_in: Option<String>,
-    /// The same of the live generation.
-    pub(crate) live_drop_in: Option<String>,
+    /// What the node and the user add to its Kata configuration.
+    pub(crate) additions: Vec<Addition>,
+    /// The text of the live generation's.
+    pub(crate) live_additions: String,
     /// The generations whose signatures, as the store has them, are what is demanded now; all where nothing is.
     pub(crate) trusted: BTreeSet<u64>,
 }
@@ -107,14 +108,15 @@ pub(crate) async fn observe(
     let mut classes = Vec::new();
     for class in &node.config.runtime_classes {
         let held = journal.record().held.get(&class.name).copied();
-        let drop_in = sized.drop_in(node, class, None);
+        let launcher = programs::launcher(&node.config, class)?;
+        let drop_in = sized.drop_in(node, class, launcher.as_ref());
         for warning in drop_in.iter().flat_map(|made| &made.warnings) {
             if !warnings.contains(warning) {
                 warnings.push(warning.clone());
             }
         }
-        let drop_in = drop_in.map(|made| made.text);
-        classes.push(self::class(node, &mut digests, class, held, drop_in, &mut warnings).await?);
+        let added = additions::observe(node, class, drop_in.map(|made| made.text))?;
+        classes.push(self::class(node, &mut digests, class, held, added, &mut warnings).await?);
     }
     let surplus = node
         .store
@@ -159,7 +161,7 @@ async fn class(
     digests: &mut Digests<'_>,
     class: &RuntimeClass,
     held: Option<u64>,
-    drop_in: Option<String>,
+    additions: Vec<Addition>,
     warnings: &mut Vec<String>,
 ) -> Result<SeenClass> {
     let store = &node.store;
@@ -215,17 +217,11 @@ async fn class(
         others,
         displaces,
         artifact: SeenArtifact::None,
-        inputs: wanted::inputs(&node.config, class, drop_in.as_deref()),
-        live_drop_in: live_number.and_then(|number| {
-            // It is shown and nothing else: what is wrong with it is among the damages.
-            let dir = store.generation_dir(&class.name, number);
-            let path = dir.join(km_runtimeclasses::DROP_IN);
-            let is_file = path.symlink_metadata().is_ok_and(|meta| meta.is_file());
-            is_file
-                .then(|| std::fs::read_to_string(&path).ok())
-                .flatten()
-        }),
-        drop_in,
+        inputs: wanted::inputs(&node.config, class, &additions),
+        live_additions: live_number
+            .map(|number| additions::live(node, &class.name, number))
+            .unwrap_or_default(),
+        additions,
         trusted,
     };
     if let Some(artifacts) = &class.artifacts {

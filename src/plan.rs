@@ -44,6 +44,9 @@ pub(crate) enum Step {
         /// How what the node adds to the Kata configuration differs from the live generation's: lines with `+` and `-`.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         settings: Vec<String>,
+        /// The user's own files that go into it.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        own: Vec<String>,
     },
     /// Point a class at a generation.
     Activate {
@@ -129,10 +132,16 @@ pub(crate) fn make(
     let mut steps = Vec::new();
     let mut warnings = seen.warnings.clone();
     let mut classes = Vec::new();
+    let mut activations = Vec::new();
     for class in &seen.classes {
-        classes.push(plan_class(class, &mut steps));
+        let work = plan_class(class, &mut steps);
+        if let ClassWork::Make(to) | ClassWork::Reuse(to) = work {
+            activations.push(activate(class, to));
+        }
+        classes.push(work);
     }
     steps.extend(seen.programs.change.clone().map(Step::Shim));
+    steps.append(&mut activations);
     let placed = containerd::place(config, &seen.containerd, allowed)?;
     containerd::refuse_in_use(&seen.containerd, &placed)?;
     let restart_owed =
@@ -167,10 +176,7 @@ pub(crate) fn keys_of(signers: &[km_artifacts::trust::Signer]) -> Vec<String> {
 fn plan_class(seen: &SeenClass, steps: &mut Vec<Step>) -> ClassWork {
     let (reference, resolved, stored, verified) = match &seen.artifact {
         SeenArtifact::None | SeenArtifact::Live => return ClassWork::Keep,
-        SeenArtifact::Held(number) => {
-            steps.push(activate(seen, *number));
-            return ClassWork::Reuse(*number);
-        }
+        SeenArtifact::Held(number) => return ClassWork::Reuse(*number),
         SeenArtifact::Wanted {
             reference,
             resolved,
@@ -210,25 +216,37 @@ fn plan_class(seen: &SeenClass, steps: &mut Vec<Step>) -> ClassWork {
             manifest,
             signers: keys_of(&verified.signers),
             settings: settings(seen),
+            own: own(seen),
         });
-    }
-    if let ClassWork::Make(to) | ClassWork::Reuse(to) = work {
-        steps.push(activate(seen, to));
     }
     work
 }
 
-/// The lines of the drop-in that are new, and those that go.
+/// The user's files among what is added.
+fn own(seen: &SeenClass) -> Vec<String> {
+    let added = seen.additions.iter().map(|added| &added.path);
+    added
+        .filter(|path| *path != km_runtimeclasses::DROP_IN)
+        .cloned()
+        .collect()
+}
+
+/// The lines of what is added to Kata's configuration that are new, and those that go.
 fn settings(seen: &SeenClass) -> Vec<String> {
-    let lines = |text: &Option<String>| -> Vec<String> {
-        let text = text.as_deref().unwrap_or_default();
-        let lines = text.lines().filter(|line| line.contains(" = "));
+    let lines = |text: &str| -> Vec<String> {
+        let lines = text.lines().filter(|line| line.contains('='));
         lines
-            .filter(|line| !line.starts_with('#'))
+            .filter(|line| !line.trim_start().starts_with('#'))
             .map(str::to_owned)
             .collect()
     };
-    let (old, new) = (lines(&seen.live_drop_in), lines(&seen.drop_in));
+    let new: Vec<&str> = seen
+        .additions
+        .iter()
+        .map(|added| added.text.as_str())
+        .collect();
+    let new = new.join("\n");
+    let (old, new) = (lines(&seen.live_additions), lines(&new));
     let gone = old.iter().filter(|line| !new.contains(line));
     let come = new.iter().filter(|line| !old.contains(line));
     gone.map(|line| format!("- {line}"))
@@ -286,6 +304,7 @@ impl Step {
                 manifest,
                 signers,
                 settings,
+                own,
             } => {
                 writeln!(
                     out,
@@ -294,14 +313,17 @@ impl Step {
                 signers
                     .iter()
                     .try_for_each(|key| writeln!(out, "      signed by key {key}"))?;
+                own.iter()
+                    .try_for_each(|path| writeln!(out, "      with your {path}"))?;
                 if settings.is_empty() {
                     return Ok(());
                 }
-                writeln!(
-                    out,
-                    "      {}, from what this node has:",
-                    km_runtimeclasses::DROP_IN
-                )?;
+                let whose = if own.is_empty() {
+                    "from what this node has"
+                } else {
+                    "from what this node has and you wrote"
+                };
+                writeln!(out, "      {}, {whose}:", km_runtimeclasses::DROP_IN)?;
                 writeln!(out, "{}", indented(settings, "        "))
             }
             Step::Activate {

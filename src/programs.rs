@@ -1,5 +1,5 @@
-//! Our programs on the host: the shim in a folder of its version, a link for each handler that stays the same over upgrades, and the
-//! settings that the shim finds by the link's name.
+//! Our programs on the host: the shim in a folder of its version, a link for each handler that stays the same over upgrades, the settings
+//! that the shim finds by the link's name, and the program that stands in QEMU's place, which is the same file by another name.
 //!
 //! containerd writes down the path of each running sandbox's shim and gives the sandbox up when that file is gone. So it is told the
 //! link, which is swapped by rename; a version's folder is never changed, and goes only when nothing can need it any more.
@@ -12,11 +12,12 @@ use km_artifacts::digest::Digest;
 use km_containerd_config::{ContainerdVersion, Handler};
 use km_host::claims::{Claims, Found};
 use km_host::{HostPath, atomic, process};
+use km_shim::launch::{self, Launch, Mode};
 use km_shim::settings::{self, Companions, Settings};
 use km_shim::table::Containerd;
 use serde::{Deserialize, Serialize};
 
-use crate::config::{self, Config, RuntimeClass};
+use crate::config::{self, Config, LaunchMode, RuntimeClass};
 use crate::failure::{Failure, Kind};
 use crate::node::Node;
 use crate::plan::diff;
@@ -49,6 +50,8 @@ pub(crate) struct Program {
     bytes: Vec<u8>,
     /// Its version's folder: this program's version, and what tells two builds of it apart.
     version: String,
+    /// Whether these very bytes are in it.
+    there: bool,
 }
 
 /// What of ours is on the host, and what is wanted.
@@ -150,7 +153,8 @@ pub(crate) fn missing(node: &Node) -> Result<Vec<String>> {
 }
 
 /// Finds the shim that is to be installed; `None` where none came with this program, and handlers name Kata's own.
-pub(crate) fn find(config: &Config) -> Result<Option<Program>> {
+fn find(node: &Node) -> Result<Option<Program>> {
+    let config = &node.config;
     let named = config.shim.program.is_some();
     let path = place(config)?;
     let file = match std::fs::File::open(&path) {
@@ -166,10 +170,40 @@ pub(crate) fn find(config: &Config) -> Result<Option<Program>> {
     let mut bytes = Vec::new();
     std::io::Read::read_to_end(&mut std::io::Read::take(file, LIMIT), &mut bytes)
         .map_err(km_host::Error::io("read", &path))?;
+    let has = |version: &str| -> Result<bool> {
+        let shim = HostPath::new(LIBEXEC)?.join(version).join(SHIM);
+        Ok(read(node, &shim)?.as_deref() == Some(&*bytes))
+    };
+    // Bytes are compared, and times and sizes not believed. Only what is new is hashed, which takes ten times as long.
+    if let Some(version) = linked(node)?
+        && has(&version)?
+    {
+        let there = true;
+        return Ok(Some(Program {
+            bytes,
+            version,
+            there,
+        }));
+    }
     let digest = Digest::of(&bytes).to_string();
     let digest = digest.rsplit(':').next().unwrap_or_default();
     let version = format!("{}-{}", env!("CARGO_PKG_VERSION"), &digest[..12]);
-    Ok(Some(Program { bytes, version }))
+    let there = has(&version)?;
+    Ok(Some(Program {
+        bytes,
+        version,
+        there,
+    }))
+}
+
+/// The version that the launcher's link leads to.
+fn linked(node: &Node) -> Result<Option<String>> {
+    let link = std::fs::read_link(at(node, &launcher_link()?)?).ok();
+    let version = link
+        .as_deref()
+        .and_then(Path::parent)
+        .and_then(Path::file_name);
+    Ok(version.and_then(|name| name.to_str()).map(str::to_owned))
 }
 
 /// Whether our shim stands before a class's own: a class of the catalogue whose shim nobody set otherwise, or one that says so.
@@ -181,6 +215,21 @@ pub(crate) fn fronts(class: &RuntimeClass) -> bool {
 /// The link that containerd is told for a handler.
 pub(crate) fn link(handler: &str) -> String {
     format!("{BIN}/containerd-shim-{handler}-v2")
+}
+
+/// The program that Kata is to start in place of a class's QEMU; `None` where Kata starts QEMU itself. It refuses what has no claim, so
+/// it stands only behind our shim, which leaves one for each sandbox.
+pub(crate) fn launcher(config: &Config, class: &RuntimeClass) -> Result<Option<HostPath>> {
+    let stands = wanted::class_kind(class).is_some()
+        && class.launch().mode != LaunchMode::None
+        && fronts(class)
+        && available(config);
+    Ok(stands.then(launcher_link).transpose()?)
+}
+
+/// The link that Kata is told in place of QEMU.
+fn launcher_link() -> Result<HostPath, km_host::PathError> {
+    Ok(HostPath::new(BIN)?.join(launch::PROGRAM))
 }
 
 /// The shim behind ours.
@@ -197,7 +246,7 @@ pub(crate) fn observe(node: &Node, version: ContainerdVersion) -> Result<SeenPro
     let mut seen = SeenPrograms {
         change: None,
         warnings: Vec::new(),
-        program: find(&node.config)?,
+        program: find(node)?,
         settings: Vec::new(),
         stale: Vec::new(),
     };
@@ -215,15 +264,20 @@ pub(crate) fn observe(node: &Node, version: ContainerdVersion) -> Result<SeenPro
             let found = kata::find(&node.root, &node.config.provider)?;
             seen.warnings.extend(found.warning(&node.config.provider));
             let folder = version_dir(program)?;
-            if read(node, &folder.join(SHIM))?.as_deref() != Some(&program.bytes) {
+            if !program.there || !is_one_file(node, &folder)? {
                 change.version = Some(program.version.clone());
             }
+            let place = launcher_link()?;
+            if !leads(node, &place, &target(program, launch::PROGRAM))? {
+                change.links.push(place.to_string());
+            }
+            ours.insert(place);
             for class in classes {
                 let Some(settings) = settings_of(&node.config, class, &found, version) else {
                     continue;
                 };
                 let place = HostPath::new(link(class.handler()))?;
-                if std::fs::read_link(at(node, &place)?).ok() != Some(target(program)) {
+                if !leads(node, &place, &target(program, SHIM))? {
                     change.links.push(place.to_string());
                 }
                 ours.insert(place);
@@ -245,15 +299,21 @@ pub(crate) fn observe(node: &Node, version: ContainerdVersion) -> Result<SeenPro
     for dir in [BIN, settings::DIR] {
         let dir = HostPath::new(dir)?;
         let there = names(node, &dir)?.into_iter();
-        let there =
-            there.filter(|name| settings::handler_of(name).is_some() || name.ends_with(".json"));
+        let there = there.filter(|name| {
+            let link = settings::handler_of(name).is_some() || name == launch::PROGRAM;
+            link || name.ends_with(".json")
+        });
         let there = there.map(|name| dir.join(name));
         seen.stale.extend(there.filter(|path| !ours.contains(path)));
     }
     let held = recorded(node)?;
-    // A handler's link and settings stay until its last sandbox has ended, and so does every version.
-    seen.stale
-        .retain(|path| !held.iter().any(|(_, handler, _)| is_of(path, handler)));
+    // A handler's link and settings stay until its last sandbox has ended, and so do the launcher and every version.
+    let launcher = launcher_link()?;
+    seen.stale.retain(|path| {
+        let needed =
+            |(_, handler, _): &(String, String, PathBuf)| *path == launcher || is_of(path, handler);
+        !held.iter().any(needed)
+    });
     if held.is_empty() {
         seen.stale
             .extend(unused_versions(node, seen.program.as_ref())?);
@@ -295,11 +355,23 @@ fn settings_of(
             config::Companions::Refuse => Companions::Refuse,
             config::Companions::Add => Companions::Add,
         },
-        launch: km_shim::launch::Launch::default(),
+        launch: launch_of(class),
     })
 }
 
-/// Brings the programs that handlers are about to name. Before containerd is told of them.
+fn launch_of(class: &RuntimeClass) -> Launch {
+    let config::Launch { mode, clique } = class.launch();
+    Launch {
+        mode: match mode {
+            LaunchMode::Check | LaunchMode::None => Mode::Check,
+            LaunchMode::Inject => Mode::Inject,
+            LaunchMode::Tune => Mode::Tune,
+        },
+        clique,
+    }
+}
+
+/// Brings the programs that handlers and generations are about to name. Before containerd is told of them, and Kata.
 pub(crate) fn install(node: &Node, seen: &SeenPrograms) -> Result<()> {
     let (Some(change), Some(program)) = (&seen.change, &seen.program) else {
         return Ok(());
@@ -307,7 +379,10 @@ pub(crate) fn install(node: &Node, seen: &SeenPrograms) -> Result<()> {
     if change.version.is_some() {
         let folder = at(node, &version_dir(program)?)?;
         atomic::create_dir_all(&folder, 0o755)?;
-        atomic::write(&folder.join(SHIM), &program.bytes, 0o755)?;
+        let shim = folder.join(SHIM);
+        atomic::write(&shim, &program.bytes, 0o755)?;
+        // By this name Kata starts it: it follows links, so the file itself has it.
+        atomic::hard_link(&shim, &folder.join(launch::PROGRAM))?;
     }
     // Settings first: a shim that is found finds them.
     for (path, bytes) in &seen.settings {
@@ -319,12 +394,18 @@ pub(crate) fn install(node: &Node, seen: &SeenPrograms) -> Result<()> {
             write(node, path, bytes)?;
         }
     }
+    let launcher = launcher_link()?;
     for link in &change.links {
-        let link = at(node, &HostPath::new(link)?)?;
+        let link = HostPath::new(link)?;
+        let name = match link == launcher {
+            true => launch::PROGRAM,
+            false => SHIM,
+        };
+        let link = at(node, &link)?;
         if let Some(folder) = link.parent() {
             atomic::create_dir_all(folder, 0o755)?;
         }
-        atomic::symlink(&target(program), &link)?;
+        atomic::symlink(&target(program, name), &link)?;
     }
     Ok(())
 }
@@ -434,9 +515,24 @@ fn version_dir(program: &Program) -> Result<HostPath> {
     Ok(HostPath::new(LIBEXEC)?.join(&program.version))
 }
 
-/// Where a link in [`BIN`] leads.
-fn target(program: &Program) -> PathBuf {
-    Path::new("../libexec").join(&program.version).join(SHIM)
+/// Where a link in [`BIN`] leads: to a file of the version's folder.
+fn target(program: &Program, file: &str) -> PathBuf {
+    Path::new("../libexec").join(&program.version).join(file)
+}
+
+fn leads(node: &Node, link: &HostPath, target: &Path) -> Result<bool> {
+    Ok(std::fs::read_link(at(node, link)?).is_ok_and(|found| found == target))
+}
+
+/// Whether the shim and the launcher of a version are one file.
+fn is_one_file(node: &Node, folder: &HostPath) -> Result<bool> {
+    use std::os::unix::fs::MetadataExt as _;
+    let id = |name: &str| -> Result<Option<(u64, u64)>> {
+        let meta = std::fs::symlink_metadata(at(node, &folder.join(name))?);
+        Ok(meta.ok().map(|meta| (meta.dev(), meta.ino())))
+    };
+    let shim = id(SHIM)?;
+    Ok(shim.is_some() && shim == id(launch::PROGRAM)?)
 }
 
 /// Where this process finds a path of the host, the last part of which may be a link that is not followed.
@@ -461,7 +557,7 @@ fn write(node: &Node, path: &HostPath, bytes: &[u8]) -> Result<()> {
 }
 
 /// The names in a folder, sorted; none when it is not there.
-fn names(node: &Node, dir: &HostPath) -> Result<Vec<String>> {
+pub(crate) fn names(node: &Node, dir: &HostPath) -> Result<Vec<String>> {
     let ours = node.root.resolve(dir)?;
     let entries = match std::fs::read_dir(&ours) {
         Ok(entries) => entries,

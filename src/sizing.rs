@@ -3,7 +3,7 @@
 use anyhow::{Context as _, Result};
 use km_host::{HostPath, memory};
 use km_runtimeclasses::{DropIn, Facts, Sizing, Tee};
-use km_topology::timeouts;
+use km_topology::{GO_PORTS, Kata, Version, timeouts};
 use km_vfio::{Inventory, Kind};
 
 use crate::config::RuntimeClass;
@@ -50,12 +50,18 @@ impl Sized {
         let kind = wanted::class_kind(class)?;
         let confidential = kind.tee != Tee::None;
         let provider = wanted::provider(&node.config);
-        let version = self.kata.kata.version;
+        let kata = self.kata.kata;
+        let pair = |version: Version| (version.major, version.minor);
         let mut made = km_runtimeclasses::drop_in(
             kind,
             &Facts {
                 provider: &provider,
-                version: (version.major, version.minor),
+                kata: km_runtimeclasses::Kata {
+                    version: pair(kata.version),
+                    asks_kubelet_since: pair(Kata::first_with_cold_plug(kata.flavor)),
+                    knows_numa: kata.emits_numa(),
+                    ports_max: u32::try_from(GO_PORTS).unwrap_or(u32::MAX),
+                },
                 sizing: Sizing {
                     functions: self.functions,
                     timeout_seconds: timeouts::seconds(
@@ -65,6 +71,7 @@ impl Sized {
                         self.gpus,
                     ),
                 },
+                kubelet_socket: node.config.shim.kubelet_socket.as_str(),
                 launcher: launcher.map(HostPath::as_str),
             },
         );

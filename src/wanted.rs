@@ -7,6 +7,7 @@ use km_host::HostPath;
 use km_runtimeclasses::{ClassKind, POD_ANNOTATIONS, Provider, Runtime};
 use serde_json::json;
 
+use crate::additions::Addition;
 use crate::config::{Config, HandlerSettings, KataRuntime, RuntimeClass};
 use crate::programs;
 
@@ -123,8 +124,11 @@ pub(crate) fn cri_settings(config: &Config, version: ContainerdVersion) -> Setti
     settings
 }
 
-/// The digest of everything but the artifact that a class's derived files are made from. `drop_in` is what the node adds.
-pub(crate) fn inputs(config: &Config, class: &RuntimeClass, drop_in: Option<&str>) -> Digest {
+/// The digest of everything but the artifact that a class's derived files are made from. `added` is what the node and
+/// the user add.
+pub(crate) fn inputs(config: &Config, class: &RuntimeClass, added: &[Addition]) -> Digest {
+    let text = |path: &str| added.iter().find(|one| one.path == path);
+    let drop_in = text(km_runtimeclasses::DROP_IN).map(|one| one.text.as_str());
     let mut inputs = json!({
         "derivation": DERIVATION,
         "class": class.name,
@@ -137,6 +141,13 @@ pub(crate) fn inputs(config: &Config, class: &RuntimeClass, drop_in: Option<&str
     let artifacts = class.artifacts.as_ref();
     if let Some(folder) = artifacts.and_then(|artifacts| artifacts.image_folder.as_ref()) {
         inputs["imageFolder"] = folder.as_str().into();
+    }
+    let own = added
+        .iter()
+        .filter(|one| one.path != km_runtimeclasses::DROP_IN);
+    let own: Vec<(&str, &str)> = own.map(|one| (&*one.path, &*one.text)).collect();
+    if !own.is_empty() {
+        inputs["own"] = json!(own);
     }
     Digest::of(inputs.to_string().as_bytes())
 }

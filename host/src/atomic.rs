@@ -118,6 +118,20 @@ pub fn symlink(target: &Path, link: &Path) -> Result<(), Error> {
     rename(&temporary, link)
 }
 
+/// Gives a file another name in the same file system, by one rename; what has that name is replaced.
+///
+/// # Errors
+/// When the file is not there, or a step fails.
+pub fn hard_link(file: &Path, name: &Path) -> Result<(), Error> {
+    let temporary = leftover_path(name);
+    remove_file_quietly(&temporary)?;
+    fs::hard_link(file, &temporary).map_err(Error::io("create link", &temporary))?;
+    rename(&temporary, name)?;
+    // Between two names of one file rename(2) does nothing, and leaves both.
+    remove_file_quietly(&temporary)?;
+    Ok(())
+}
+
 /// Renames and syncs the folders concerned. An existing file at `to` is replaced.
 ///
 /// # Errors
@@ -298,6 +312,22 @@ mod tests {
             assert_eq!(&value[..length], b"x");
         }
         assert_eq!(names(dir.path()), ["config.toml"]);
+    }
+
+    #[test]
+    fn a_second_name_is_given_again_and_moved() {
+        use std::os::unix::fs::MetadataExt as _;
+        let dir = tempfile::tempdir().unwrap();
+        let [one, two, name] = ["one", "two", "name"].map(|name| dir.path().join(name));
+        write(&one, b"1", 0o755).unwrap();
+        write(&two, b"2", 0o755).unwrap();
+        for file in [&one, &one, &two] {
+            hard_link(file, &name).unwrap();
+            let ino = |path: &Path| fs::metadata(path).unwrap().ino();
+            assert_eq!(ino(file), ino(&name));
+            assert_eq!(names(dir.path()), ["name", "one", "two"]);
+        }
+        assert!(hard_link(&dir.path().join("none"), &name).is_err());
     }
 
     #[test]

@@ -15,9 +15,6 @@ pub const DROP_IN: &str = "config.d/60-kata-manager.toml";
 /// The ports that Kata's GPU configurations have.
 const PORTS: u32 = 8;
 
-/// The most that a configuration may ask for (`maxPCIeRootPort`, src/runtime/pkg/katautils/config.go).
-const PORTS_MAX: u32 = 16;
-
 /// What a node has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sizing {
@@ -30,15 +27,30 @@ pub struct Sizing {
 /// A version of Kata: major and minor.
 pub type KataVersion = (u16, u16);
 
+/// A Kata, as far as its configuration differs. Whoever plans topologies has the table of versions, and hands these on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Kata {
+    /// Its version.
+    pub version: KataVersion,
+    /// The first version of its runtime that asks the kubelet for a pod's devices.
+    pub asks_kubelet_since: KataVersion,
+    /// Whether it knows `enable_numa`.
+    pub knows_numa: bool,
+    /// The most ports that a configuration may ask for.
+    pub ports_max: u32,
+}
+
 /// What goes into the drop-in besides the class.
 #[derive(Clone, Copy, Debug)]
 pub struct Facts<'a> {
     /// Where Kata is, and which runtime.
     pub provider: &'a Provider,
-    /// Its version.
-    pub version: KataVersion,
+    /// Which Kata it is.
+    pub kata: Kata,
     /// What the node has.
     pub sizing: Sizing,
+    /// Where the kubelet answers which devices a pod was given.
+    pub kubelet_socket: &'a str,
     /// The program that stands in QEMU's place.
     pub launcher: Option<&'a str>,
 }
@@ -57,23 +69,18 @@ struct Key {
     table: &'static str,
     name: &'static str,
     runtime: Option<Runtime>,
-    /// The first version that knows it, where earlier ones are of interest: Go, runtime-rs.
-    since: Option<(KataVersion, KataVersion)>,
-    /// What is lost without it.
-    without: &'static str,
 }
 
 const QEMU: &str = "hypervisor.qemu";
 const AGENT: &str = "agent.kata";
 const RUNTIME: &str = "runtime";
+const POD_RESOURCES: &str = "pod_resource_api_sock";
 
 const fn key(table: &'static str, name: &'static str, runtime: Option<Runtime>) -> Key {
     Key {
         table,
         name,
         runtime,
-        since: None,
-        without: "",
     }
 }
 
@@ -84,21 +91,14 @@ const KEYS: [Key; 13] = [
     key(QEMU, "cold_plug_vfio", None),
     key(QEMU, "hot_plug_vfio", Some(Runtime::Go)),
     key(QEMU, "pcie_root_port", None),
-    Key {
-        since: Some(((4, 1), (u16::MAX, 0))),
-        ..key(QEMU, "enable_numa", Some(Runtime::Go))
-    },
+    key(QEMU, "enable_numa", None),
     key(AGENT, "dial_timeout", Some(Runtime::Go)),
     key(AGENT, "dial_timeout_ms", Some(Runtime::Rust)),
     key(AGENT, "reconnect_timeout_ms", Some(Runtime::Rust)),
     key(AGENT, "create_container_timeout", Some(Runtime::Rust)),
     key(RUNTIME, "create_container_timeout", Some(Runtime::Go)),
     key(RUNTIME, "vfio_mode", None),
-    Key {
-        since: Some(((3, 24), (4, 0))),
-        without: "it does not ask the kubelet which devices a pod has",
-        ..key(RUNTIME, "pod_resource_api_sock", None)
-    },
+    key(RUNTIME, POD_RESOURCES, None),
 ];
 
 /// Makes the drop-in of a class.
@@ -114,27 +114,10 @@ pub fn drop_in(kind: &ClassKind, facts: &Facts<'_>) -> DropIn {
         let Some(setting) = setting(kind, facts, key) else {
             continue;
         };
-        let runtime = facts.provider.runtime;
-        if key.runtime.is_some_and(|only| only != runtime) {
-            continue;
-        }
-        let since = key.since.map(|(go, rust)| match runtime {
-            Runtime::Go => go,
-            Runtime::Rust => rust,
-        });
-        if let Some(first) = since.filter(|first| facts.version < *first) {
-            if !key.without.is_empty() {
-                warnings.push(format!(
-                    "{}: Kata {}.{} does not know {}, so {}; {}.{} is the first that does",
-                    kind.name,
-                    facts.version.0,
-                    facts.version.1,
-                    key.name,
-                    key.without,
-                    first.0,
-                    first.1
-                ));
-            }
+        if key
+            .runtime
+            .is_some_and(|only| only != facts.provider.runtime)
+        {
             continue;
         }
         let table = match key.table {
@@ -147,10 +130,17 @@ pub fn drop_in(kind: &ClassKind, facts: &Facts<'_>) -> DropIn {
     document.insert("hypervisor", nested("qemu", qemu));
     document.insert("agent", nested("kata", agent));
     document.insert("runtime", Item::Table(runtime_table));
-    if facts.sizing.functions > PORTS_MAX {
+    let (version, first) = (facts.kata.version, facts.kata.asks_kubelet_since);
+    if version < first {
         warnings.push(format!(
-            "{}: the node has {} functions to give away, and Kata makes {PORTS_MAX} ports for a pod",
-            kind.name, facts.sizing.functions
+            "{}: Kata {}.{} does not know {POD_RESOURCES}, so it does not ask the kubelet which devices a pod has; {}.{} is the first that does",
+            kind.name, version.0, version.1, first.0, first.1
+        ));
+    }
+    if facts.sizing.functions > facts.kata.ports_max {
+        warnings.push(format!(
+            "{}: the node has {} functions to give away, and Kata makes {} ports for a pod",
+            kind.name, facts.sizing.functions, facts.kata.ports_max
         ));
     }
     DropIn {
@@ -173,20 +163,21 @@ fn setting(kind: &ClassKind, facts: &Facts<'_>, key: &Key) -> Option<Value> {
     let seconds = i64::from(facts.sizing.timeout_seconds);
     Some(match (key.table, key.name) {
         (QEMU, "path") => facts.launcher?.into(),
-        (QEMU, "valid_hypervisor_paths") => {
-            let real = facts.provider.path(kind.qemu);
-            Array::from_iter([facts.launcher?, real.as_str()]).into()
-        }
+        // An annotation that names QEMU itself would go round the launcher, so it is not among them.
+        (QEMU, "valid_hypervisor_paths") => Array::from_iter([facts.launcher?]).into(),
         (QEMU, "cold_plug_vfio") => "root-port".into(),
         (QEMU, "hot_plug_vfio") => (!confidential).then_some("no-port")?.into(),
         (QEMU, "pcie_root_port") => i64::from(ports(kind, facts)).into(),
-        (QEMU, "enable_numa") => false.into(),
+        (QEMU, "enable_numa") => facts.kata.knows_numa.then_some(false)?.into(),
         (AGENT, "dial_timeout") => seconds.into(),
         (AGENT, "dial_timeout_ms") => 1000.into(),
         (AGENT, "reconnect_timeout_ms") => (seconds * 1000).into(),
         (_, "create_container_timeout") => seconds.into(),
         (RUNTIME, "vfio_mode") => "guest-kernel".into(),
-        (RUNTIME, "pod_resource_api_sock") => crate::render::POD_RESOURCES.into(),
+        (RUNTIME, POD_RESOURCES) => {
+            let asks = facts.kata.version >= facts.kata.asks_kubelet_since;
+            asks.then_some(facts.kubelet_socket)?.into()
+        }
         _ => return None,
     })
 }
@@ -196,13 +187,23 @@ fn setting(kind: &ClassKind, facts: &Facts<'_>, key: &Key) -> Option<Value> {
 fn ports(kind: &ClassKind, facts: &Facts<'_>) -> u32 {
     match (facts.provider.runtime, kind.tee) {
         (Runtime::Go, Tee::Snp | Tee::Tdx) => 0,
-        _ => facts.sizing.functions.clamp(PORTS, PORTS_MAX),
+        _ => facts.sizing.functions.clamp(PORTS, facts.kata.ports_max),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn kata(runtime: Runtime, version: KataVersion) -> Kata {
+        let is_go = runtime == Runtime::Go;
+        Kata {
+            version,
+            asks_kubelet_since: if is_go { (3, 24) } else { (4, 0) },
+            knows_numa: is_go && version >= (4, 1),
+            ports_max: 16,
+        }
+    }
 
     fn made(class: &str, runtime: Runtime, version: KataVersion, launcher: Option<&str>) -> DropIn {
         let provider = Provider {
@@ -211,11 +212,12 @@ mod tests {
         };
         let facts = Facts {
             provider: &provider,
-            version,
+            kata: kata(runtime, version),
             sizing: Sizing {
                 functions: 12,
                 timeout_seconds: 1980,
             },
+            kubelet_socket: "/k/kubelet.sock",
             launcher,
         };
         drop_in(
@@ -246,8 +248,7 @@ mod tests {
 
     #[test]
     fn each_runtime_and_version_gets_exactly_what_it_knows() {
-        let socket =
-            "runtime.pod_resource_api_sock=\"/var/lib/kubelet/pod-resources/kubelet.sock\"";
+        let socket = "runtime.pod_resource_api_sock=\"/k/kubelet.sock\"";
         let mode = "runtime.vfio_mode=\"guest-kernel\"";
         let cold = "hypervisor.qemu.cold_plug_vfio=\"root-port\"";
         let hot = "hypervisor.qemu.hot_plug_vfio=\"no-port\"";
@@ -336,29 +337,28 @@ mod tests {
     }
 
     #[test]
-    fn the_launcher_stands_in_qemus_place() {
-        let made = made(
-            SNP,
-            Runtime::Go,
-            (4, 1),
-            Some("/opt/km/bin/kata-manager-qemu"),
-        );
-        let document: DocumentMut = made.text.parse().expect("it is TOML");
-        let qemu = &document["hypervisor"]["qemu"];
-        assert_eq!(qemu["path"].as_str(), Some("/opt/km/bin/kata-manager-qemu"));
-        let valid: Vec<_> = qemu["valid_hypervisor_paths"]
-            .as_array()
-            .into_iter()
-            .flatten()
-            .filter_map(Value::as_str)
-            .collect();
-        assert_eq!(
-            valid,
-            [
-                "/opt/km/bin/kata-manager-qemu",
-                "/opt/kata/bin/qemu-system-x86_64-snp-experimental"
-            ]
-        );
+    fn the_launcher_stands_in_qemus_place_and_changes_nothing_else() {
+        const LAUNCHER: &str = "/opt/km/bin/kata-manager-qemu";
+        let named = [
+            format!("hypervisor.qemu.path=\"{LAUNCHER}\""),
+            format!("hypervisor.qemu.valid_hypervisor_paths=[\"{LAUNCHER}\"]"),
+        ];
+        for class in crate::catalogue() {
+            for (runtime, version) in [
+                (Runtime::Go, (3, 20)),
+                (Runtime::Go, (4, 1)),
+                (Runtime::Rust, (3, 24)),
+                (Runtime::Rust, (4, 1)),
+            ] {
+                let with = keys(&made(class.name, runtime, version, Some(LAUNCHER)).text);
+                let without = keys(&made(class.name, runtime, version, None).text);
+                // What a confidential guest is measured as stays: neither key reaches QEMU's arguments.
+                let (new, same): (Vec<String>, Vec<String>) =
+                    with.into_iter().partition(|key| !without.contains(key));
+                assert_eq!(new, named, "{} {runtime:?} {version:?}", class.name);
+                assert_eq!(same, without);
+            }
+        }
     }
 
     #[test]
@@ -367,11 +367,12 @@ mod tests {
         for (functions, expected) in [(0, 8), (9, 9), (16, 16), (40, 16)] {
             let facts = Facts {
                 provider: &provider,
-                version: (4, 1),
+                kata: kata(Runtime::Go, (4, 1)),
                 sizing: Sizing {
                     functions,
                     timeout_seconds: 1200,
                 },
+                kubelet_socket: "/k/kubelet.sock",
                 launcher: None,
             };
             let made = drop_in(crate::find(PLAIN).expect("a class"), &facts);

@@ -49,6 +49,13 @@ impl Node {
         node
     }
 
+    /// A program that says which it is, at a path.
+    fn other_qemu(&self, path: &str) {
+        self.write(path, &format!("#!/bin/sh\necho this is {path}\n"));
+        let script = self.dir.path().join(path);
+        std::fs::set_permissions(script, std::fs::Permissions::from_mode(0o755)).unwrap();
+    }
+
     fn write(&self, path: &str, text: &str) {
         let path = self.dir.path().join(path);
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -218,4 +225,43 @@ fn what_kata_did_not_attach_is_added() {
     );
     let words = format!("-name sandbox-abc {PORT} {GPU}");
     node.launched(&words, &words);
+}
+
+/// The claim says generation 1; the class has moved on to 2, which has another QEMU.
+#[test]
+fn a_sandbox_has_the_qemu_of_its_generation() {
+    let node = Node::claimed("check", &[]);
+    node.other_qemu("opt/kata/bin/qemu-one");
+    node.other_qemu("opt/kata/bin/qemu-two");
+    let settings = node
+        .dir
+        .path()
+        .join("etc/kata-manager/handlers/kata-gpu.json");
+    let mut text: Value = serde_json::from_slice(&std::fs::read(&settings).unwrap()).unwrap();
+    text["classLink"] = "/opt/artifacts/gpu".into();
+    std::fs::write(&settings, text.to_string()).unwrap();
+    let launch = |number: u8, text: &str| {
+        node.write(
+            &format!("opt/artifacts/.store/generations/gpu/{number}/launch.json"),
+            text,
+        );
+    };
+    let link = node.dir.path().join("opt/artifacts/gpu");
+    launch(2, "{\"qemu\": \"/opt/kata/bin/qemu-two\"}");
+    std::os::unix::fs::symlink(".store/generations/gpu/2", link).unwrap();
+    let said = || node.run("-name sandbox-abc");
+    // A generation that says nothing has the class's.
+    assert!(said().stdout.contains("pid "), "{}", said().stderr);
+    launch(1, "{\"qemu\": \"/opt/kata/bin/qemu-one\", \"later\": 1}");
+    assert_eq!(said().stdout, "this is opt/kata/bin/qemu-one\n");
+    for wrong in ["", "{}", "{\"qemu\": \"relative\"}", "[[[["] {
+        launch(1, wrong);
+        let said = said();
+        assert!(!said.ok && said.stdout.is_empty(), "{}", said.stdout);
+        assert!(
+            said.stderr.contains("generations/gpu/1/launch.json"),
+            "{}",
+            said.stderr
+        );
+    }
 }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::hint::{line_of, nearest};
-use super::{Config, RATE_LIMIT_MIN, RestartMode, RuntimeClass, Verify, VerifyPolicy};
+use super::{Config, LaunchMode, RATE_LIMIT_MIN, RestartMode, RuntimeClass, Verify, VerifyPolicy};
 use crate::failure::{Failure, Kind};
 
 pub(super) fn check(text: &str, config: &Config) -> Result<(), Failure> {
@@ -66,6 +66,7 @@ pub(super) fn check(text: &str, config: &Config) -> Result<(), Failure> {
             ));
         }
         check_kind(text, class)?;
+        check_launch(text, class)?;
     }
     if config.registry.client_certificate_file.is_some()
         != config.registry.client_key_file.is_some()
@@ -128,4 +129,39 @@ fn check_kind(text: &str, class: &RuntimeClass) -> Result<(), Failure> {
         )),
         (None, Some(_)) => Ok(()),
     }
+}
+
+/// The largest clique (QEMU, hw/vfio/pci-quirks.c: four bits).
+const CLIQUE_MAX: u8 = 15;
+
+fn check_launch(text: &str, class: &RuntimeClass) -> Result<(), Failure> {
+    let Some(launch) = class.launch else {
+        return Ok(());
+    };
+    let name = &class.name;
+    let kind = crate::wanted::class_kind(class);
+    let confidential = kind.is_some_and(|kind| kind.tee != km_runtimeclasses::Tee::None);
+    let problem = match (launch.mode, launch.clique) {
+        (LaunchMode::Inject | LaunchMode::Tune, _) if confidential => {
+            "its guests are confidential, and other arguments would change what they are measured as: use \"check\""
+        }
+        (mode, _) if mode != LaunchMode::None && kind.is_none() => {
+            "it has a runtimeType, and so no QEMU of Kata's: leave launch out"
+        }
+        (mode, _) if mode != LaunchMode::None && class.handler_settings.runtime_path.is_some() => {
+            "its handlerSettings.runtimePath puts another shim in the place of ours, without which nothing says what a launch must have: leave one of them out"
+        }
+        (LaunchMode::Tune, Some(clique)) if clique > CLIQUE_MAX => "launch.clique is 0 to 15",
+        (LaunchMode::Check | LaunchMode::Inject | LaunchMode::None, Some(_)) => {
+            "launch.clique goes with mode \"tune\" alone"
+        }
+        _ => return Ok(()),
+    };
+    Err(Failure::new(
+        Kind::Configuration,
+        format!(
+            "{}the class {name:?} cannot have this launch: {problem}",
+            line_of(text, name, 1)
+        ),
+    ))
 }

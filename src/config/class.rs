@@ -34,6 +34,9 @@ pub(crate) struct RuntimeClass {
     #[serde(default)]
     #[schemars(with = "Option<String>")]
     pub(crate) inner_shim: Option<HostPath>,
+    /// What is done with each launch of the class's QEMU; checked when left out.
+    #[serde(default)]
+    pub(crate) launch: Option<Launch>,
     /// When a tag's new digest is taken.
     #[serde(default)]
     pub(crate) update: Update,
@@ -73,6 +76,40 @@ impl RuntimeClass {
     pub(crate) fn handler(&self) -> &str {
         self.handler.as_deref().unwrap_or(&self.name)
     }
+
+    /// What is done with each launch of its QEMU.
+    pub(crate) fn launch(&self) -> Launch {
+        self.launch.unwrap_or_default()
+    }
+}
+
+/// What is done with each launch of a class's QEMU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(crate) struct Launch {
+    /// What is done.
+    #[serde(default)]
+    pub(crate) mode: LaunchMode,
+    /// With `tune`: the clique of GPUs of legacy groups, so that the guest's driver tries peer-to-peer between them. Whether the host's
+    /// switches can do that is for you to know.
+    #[serde(default)]
+    #[schemars(range(min = 0, max = 15))]
+    pub(crate) clique: Option<u8>,
+}
+
+/// What is done with a launch of QEMU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub(crate) enum LaunchMode {
+    /// It is held against what the sandbox was given, and refused when something is wrong.
+    #[default]
+    Check,
+    /// Devices that Kata did not attach are added; then it is checked. Not for confidential guests.
+    Inject,
+    /// It is checked, and devices get properties that Kata cannot give them. Not for confidential guests.
+    Tune,
+    /// Nothing: Kata starts QEMU itself.
+    None,
 }
 
 /// A guest artifact in a registry.

@@ -21,7 +21,7 @@ use km_host::HostPath;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-pub(crate) use class::{Artifacts, HandlerSettings, RuntimeClass, Update};
+pub(crate) use class::{Artifacts, HandlerSettings, Launch, LaunchMode, RuntimeClass, Update};
 pub(crate) use containerd::{Containerd, Flavor, RestartMode};
 pub(crate) use devices::{Backend, Devices};
 pub(crate) use load::{load, load_if_there};

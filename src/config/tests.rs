@@ -114,6 +114,60 @@ fn a_class_has_its_own_keys_or_everybodys() {
 }
 
 #[test]
+fn a_launch_is_checked_unless_a_class_says_otherwise() {
+    let class = |name: &str, more: &str| {
+        format!("runtimeClasses:\n- name: {name}\n  artifacts: {{url: r.example/a:1}}\n{more}")
+    };
+    let gpu = |more: &str| class("kata-qemu-nvidia-gpu", more);
+    let launch = |text: &str| parse(text).unwrap().runtime_classes[0].launch();
+    assert_eq!(launch(&gpu("")), Launch::default());
+    assert_eq!(launch(&gpu("")).mode, LaunchMode::Check);
+    let tuned = launch(&gpu("  launch: {mode: tune, clique: 15}\n"));
+    assert_eq!((tuned.mode, tuned.clique), (LaunchMode::Tune, Some(15)));
+    assert_eq!(
+        launch(&gpu("  launch: {mode: none}\n")).mode,
+        LaunchMode::None
+    );
+    for confidential in ["kata-qemu-nvidia-gpu-snp", "kata-qemu-nvidia-gpu-tdx"] {
+        for mode in ["tune", "inject"] {
+            let text = error(&class(
+                confidential,
+                &format!("  launch: {{mode: {mode}}}\n"),
+            ));
+            assert!(
+                text.contains("line 2") && text.contains("measured"),
+                "{text}"
+            );
+        }
+        for mode in ["check", "none"] {
+            parse(&class(
+                confidential,
+                &format!("  launch: {{mode: {mode}}}\n"),
+            ))
+            .unwrap();
+        }
+    }
+    for (more, word) in [
+        ("  launch: {mode: tune, clique: 16}\n", "0 to 15"),
+        ("  launch: {mode: check, clique: 1}\n", "goes with mode"),
+        ("  launch: {clique: 1}\n", "goes with mode"),
+        ("  launch: {mode: tun}\n", "did you mean `tune`"),
+        ("  launch: {cliqe: 1}\n", "did you mean `clique`"),
+        (
+            "  launch: {mode: check}\n  handlerSettings: {runtimePath: /x/shim}\n",
+            "handlerSettings.runtimePath",
+        ),
+    ] {
+        let text = error(&gpu(more));
+        assert!(text.contains(word), "{text}");
+    }
+    let text = error(
+        "runtimeClasses:\n- name: x\n  runtimeType: io.containerd.runc.v2\n  launch: {mode: check}\n",
+    );
+    assert!(text.contains("no QEMU"), "{text}");
+}
+
+#[test]
 fn the_schema_knows_every_key() {
     let schema = serde_json::to_string(&schemars::schema_for!(Config)).unwrap();
     for key in [
@@ -123,6 +177,7 @@ fn the_schema_knows_every_key() {
         "runtimeType",
         "credentialsFile",
         "readyTimeoutSeconds",
+        "clique",
     ] {
         assert!(schema.contains(key), "{key}");
     }

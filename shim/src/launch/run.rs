@@ -14,6 +14,7 @@ use km_vfio::{Address, Inventory};
 
 use super::argv::Argv;
 use super::check::{self, Wanted};
+use super::generation::Generation;
 use super::inject::{self, Injected};
 use super::view::View;
 use super::{Mode, Refused, tune};
@@ -62,7 +63,8 @@ fn decide(root: &Root, argv: Argv) -> Result<(HostPath, Vec<OsString>), String> 
     };
     let claim = claim(root, &sandbox)?;
     let settings = by_handler(root, &claim.handler)?;
-    let qemu = settings.qemu.clone();
+    let own = Generation::load(root, &settings, claim.generation)?;
+    let qemu = own.map(|own| own.qemu).or_else(|| settings.qemu.clone());
     let qemu = qemu.ok_or_else(|| format!("the settings of {} name no QEMU", claim.handler))?;
     let words =
         launch(root, argv, &claim, &settings).map_err(|refused| told(&sandbox, &refused))?;

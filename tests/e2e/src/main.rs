@@ -55,21 +55,25 @@ fn main() -> Result<ExitCode> {
         ("trust", tests::trust::TESTS),
     ];
     // These have what is one for the whole sandbox, such as /opt/kata-manager, which every uninstall cleans: they come after the others.
-    let alone = [("shim", tests::shim::TESTS)];
-    let run = |subjects: &[(&'static str, &[suite::Test])]| {
+    let alone = [
+        ("launcher", tests::launcher::TESTS),
+        ("shim", tests::shim::TESTS),
+    ];
+    let run = |subjects: &[(&'static str, &[suite::Test])], arguments: &Arguments| {
         let tests = subjects
             .iter()
             .flat_map(|(subject, tests)| tests.iter().map(|test| (*subject, *test)));
         let trials: Vec<Trial> = tests
             .map(|(subject, test)| suite::trial(subject, test, &sandbox))
             .collect();
-        libtest_mimic::run(&arguments, trials)
+        libtest_mimic::run(arguments, trials)
     };
-    let beside_each_other = run(&subjects);
+    let beside_each_other = run(&subjects, &arguments);
     if tests::faults::survived() > 0 {
         say_faults();
     }
-    let one_by_one = run(&alone);
+    arguments.test_threads = Some(1);
+    let one_by_one = run(&alone, &arguments);
     Ok(if beside_each_other.has_failed() {
         beside_each_other.exit_code()
     } else {

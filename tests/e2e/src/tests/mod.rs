@@ -9,6 +9,7 @@ pub(crate) mod faults;
 pub(crate) mod harness;
 pub(crate) mod hostile;
 pub(crate) mod image;
+pub(crate) mod launcher;
 pub(crate) mod layout;
 pub(crate) mod lifecycle;
 pub(crate) mod lock;

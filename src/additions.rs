@@ -1,0 +1,138 @@
+//! What goes into a class's generation beside Kata's configuration: what the node adds, and what the user does in
+//! `/etc/kata-manager/<class>.d/*.toml`. Files are read here, and judged by `km_runtimeclasses`.
+
+use std::io::Read as _;
+
+use anyhow::Result;
+use km_host::HostPath;
+use km_runtimeclasses::{DROP_IN, OWN_PREFIX, check_own};
+
+use crate::config::RuntimeClass;
+use crate::failure::{Failure, Kind};
+use crate::node::Node;
+use crate::programs;
+
+/// The folder beside whose files each class has its own.
+const DIR: &str = "/etc/kata-manager";
+
+/// The largest file that is taken, in bytes. Kata's whole configuration has some 40 kB, most of it comments.
+const LIMIT: u64 = 256 << 10;
+
+/// The most files of a class.
+const FILES: usize = 32;
+
+/// A file of a generation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Addition {
+    /// Relative to the generation.
+    pub(crate) path: String,
+    pub(crate) text: String,
+}
+
+/// All additions of a class: the node's drop-in, then the user's files in the order in which Kata will read them.
+///
+/// # Errors
+/// When a user's file cannot be read, or Kata could not take it. Each names the file.
+pub(crate) fn observe(
+    node: &Node,
+    class: &RuntimeClass,
+    drop_in: Option<String>,
+) -> Result<Vec<Addition>> {
+    let Some(drop_in) = drop_in else {
+        return Ok(Vec::new());
+    };
+    let launched = programs::launcher(&node.config, class)?.is_some();
+    let folder = HostPath::new(DIR)?.join(format!("{}.d", class.name));
+    let mut own = Vec::new();
+    for name in files(node, &folder)? {
+        let path = folder.join(&name);
+        let text = read(node, &path)?;
+        check_own(&text, &drop_in, launched).map_err(|error| {
+            let message = format!("{path}, your own settings of {},", class.name);
+            Failure::because(Kind::Configuration, message, error)
+        })?;
+        own.push(Addition {
+            path: format!("{OWN_PREFIX}{name}"),
+            text,
+        });
+    }
+    own.insert(
+        0,
+        Addition {
+            path: DROP_IN.to_owned(),
+            text: drop_in,
+        },
+    );
+    Ok(own)
+}
+
+/// The names of a class's files, in order.
+fn files(node: &Node, folder: &HostPath) -> Result<Vec<String>> {
+    let bad = |problem: String| Failure::new(Kind::Configuration, format!("{folder} {problem}"));
+    let mut names = programs::names(node, folder)?;
+    names.retain(|name| name.ends_with(".toml") && !name.starts_with('.'));
+    if names.len() > FILES {
+        return Err(bad(format!(
+            "has {} files, and {FILES} at most are taken",
+            names.len()
+        ))
+        .into());
+    }
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.');
+    match names.iter().find(|name| !name.bytes().all(plain)) {
+        Some(odd) => Err(bad(format!(
+            "has {odd:?}: name it with letters, digits, \"-\", \"_\" and \".\" alone"
+        ))
+        .into()),
+        None => Ok(names),
+    }
+}
+
+fn read(node: &Node, path: &HostPath) -> Result<String> {
+    let bad = |problem: &str| Failure::new(Kind::Configuration, format!("{path} {problem}"));
+    let ours = node.root.resolve(path)?;
+    let meta = std::fs::metadata(&ours).map_err(km_host::Error::io("look at", &ours))?;
+    // A pipe must not be waited for.
+    if !meta.is_file() {
+        return Err(bad("is no file").into());
+    }
+    let file = std::fs::File::open(&ours).map_err(km_host::Error::io("open", &ours))?;
+    let mut bytes = Vec::new();
+    file.take(LIMIT + 1)
+        .read_to_end(&mut bytes)
+        .map_err(km_host::Error::io("read", &ours))?;
+    if bytes.len() as u64 > LIMIT {
+        return Err(bad(&format!("has more than {} kB", LIMIT >> 10)).into());
+    }
+    String::from_utf8(bytes).map_err(|_| bad("is not UTF-8 text").into())
+}
+
+/// The text of the additions of a generation that is there, for show. What is wrong with them is among its damages.
+pub(crate) fn live(node: &Node, class: &str, number: u64) -> String {
+    let dir = node.store.generation_dir(class, number);
+    let own = |name: &String| format!("config.d/{name}").starts_with(OWN_PREFIX);
+    let mut paths = vec![DROP_IN.to_owned()];
+    let entries = std::fs::read_dir(dir.join("config.d"))
+        .into_iter()
+        .flatten();
+    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let mut names: Vec<String> = names
+        .filter(own)
+        .map(|name| format!("config.d/{name}"))
+        .collect();
+    names.sort();
+    paths.append(&mut names);
+    let mut text = String::new();
+    for path in paths {
+        let path = dir.join(path);
+        let is_file = path.symlink_metadata().is_ok_and(|meta| meta.is_file());
+        if let Some(more) = is_file
+            .then(|| std::fs::read_to_string(&path).ok())
+            .flatten()
+        {
+            text.push_str(&more);
+            text.push('\n');
+        }
+    }
+    text
+}
