@@ -56,6 +56,13 @@ shim:
 	@! readelf --program-headers $(SHIM) | grep INTERP || { echo "$(SHIM) is not static"; exit 1; }
 	@[ $$(stat -c %s $(SHIM)) -lt 4194304 ] || { echo "$(SHIM) has 4 MiB or more"; exit 1; }
 
+# The program, and the shim where the program looks for it. "make build shim" first, as whoever may build; then this, as whoever may write.
+PREFIX ?= /usr/local
+.PHONY: install
+install:
+	install -D -m 755 $(KM) $(DESTDIR)$(PREFIX)/bin/kata-manager
+	install -D -m 755 $(SHIM) $(DESTDIR)$(PREFIX)/libexec/kata-manager/$(notdir $(SHIM))
+
 # A shell in a GPU node without a GPU: make node SHAPE=one-gpu. `poweroff` or Ctrl-A X ends it. RUN='lspci -nn' runs a command instead.
 SHAPE ?= one-gpu
 node: build box
