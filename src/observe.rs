@@ -231,7 +231,7 @@ async fn class(
                 class.name, artifacts.pull_secret
             ));
         }
-        seen.artifact = match self::held(&seen, warnings)? {
+        seen.artifact = match self::held(node, &seen, warnings)? {
             Some(held) => held,
             None => artifact(node, digests, &seen, artifacts, warnings).await?,
         };
@@ -240,7 +240,7 @@ async fn class(
 }
 
 /// What a class that `rollback` holds is to have; nothing for one that it does not hold.
-fn held(seen: &SeenClass, warnings: &mut Vec<String>) -> Result<Option<SeenArtifact>> {
+fn held(node: &Node, seen: &SeenClass, warnings: &mut Vec<String>) -> Result<Option<SeenArtifact>> {
     let name = &seen.class.name;
     let Some(number) = seen.held else {
         return Ok(None);
@@ -264,6 +264,11 @@ fn held(seen: &SeenClass, warnings: &mut Vec<String>) -> Result<Option<SeenArtif
             "{name} was held at generation {number}, which is gone: it is held no more"
         ));
         return Ok(None);
+    }
+    let mut all = seen.others.iter().chain(&seen.live);
+    if let Some(generation) = all.find(|one| one.number() == number) {
+        programs::refuse_unlaunchable(&node.config, generation)
+            .with_context(|| format!("{name} is held there: let it go with {release}"))?;
     }
     if !seen.trusted.contains(&number) {
         return Err(Failure::new(

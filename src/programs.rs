@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
+use km_artifacts::Generation;
 use km_artifacts::digest::Digest;
 use km_containerd_config::{ContainerdVersion, Handler};
 use km_host::claims::{Claims, Found};
@@ -220,11 +221,31 @@ pub(crate) fn link(handler: &str) -> String {
 /// The program that Kata is to start in place of a class's QEMU; `None` where Kata starts QEMU itself. It refuses what has no claim, so
 /// it stands only behind our shim, which leaves one for each sandbox.
 pub(crate) fn launcher(config: &Config, class: &RuntimeClass) -> Result<Option<HostPath>> {
-    let stands = wanted::class_kind(class).is_some()
-        && class.launch().mode != LaunchMode::None
-        && fronts(class)
-        && available(config);
+    let stands = class.launch().mode != LaunchMode::None && can_launch(config, class);
     Ok(stands.then(launcher_link).transpose()?)
+}
+
+/// Whether our shim is there to leave the claims that the launcher asks for.
+fn can_launch(config: &Config, class: &RuntimeClass) -> bool {
+    wanted::class_kind(class).is_some() && fronts(class) && available(config)
+}
+
+/// Refuses to go back to a generation that names the launcher where nobody would leave claims: no pod of it would start.
+pub(crate) fn refuse_unlaunchable(config: &Config, generation: &Generation) -> Result<(), Failure> {
+    let manifest = &generation.manifest;
+    let mut derived = manifest.derived.iter();
+    let launched = derived.any(|one| one.path == launch::generation::FILE);
+    let mut classes = config.runtime_classes.iter();
+    let class = classes.find(|class| class.name == manifest.class);
+    match class {
+        Some(class) if launched && !can_launch(config, class) => Err(Failure::refused(format!(
+            "generation {} of {} starts QEMU through {}, which asks for claims of our shim, and that does not stand before Kata's now: bring the shim back (shim.program; no handlerSettings.runtimePath), or choose another generation",
+            generation.number(),
+            class.name,
+            launch::PROGRAM
+        ))),
+        _ => Ok(()),
+    }
 }
 
 /// The link that Kata is told in place of QEMU.

@@ -62,6 +62,7 @@ fn go(global: &Global, node: &Node, class: &str, to: Option<u64>) -> Result<()> 
         )
         .into());
     }
+    crate::programs::refuse_unlaunchable(&node.config, &target)?;
     node.store
         .signers(&target, node.policy(class))
         .with_context(|| format!("{class} takes only signed artifacts, and stays where it is"))?;

@@ -231,7 +231,8 @@ async fn of_pod(node: &Node, namespace: &str, name: &str) -> Result<(Vec<Address
     let claims = Claims::open(&node.root)?;
     for found in claims.list()? {
         let Found::Claim(claim) = found else { continue };
-        if ids.contains(&claim.sandbox.as_str()) && claims.is_alive(&claim) {
+        let its = ids.contains(&claim.sandbox.as_str()) && claims.is_alive(&claim);
+        if its && !claim.devices.is_empty() {
             let addresses: Result<Vec<Address>, _> = claim
                 .devices
                 .iter()

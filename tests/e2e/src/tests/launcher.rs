@@ -118,6 +118,17 @@ fn launched(sandbox: &Sandbox) -> Result<()> {
     ensure!(drop_in(&node, SNP)?.contains(LINK));
     node.km.expect(&["rollback", GPU], 0)?;
     ensure!(drop_in(&node, GPU)?.contains(LINK));
+    // Without the shim there are no claims, and no pod of that generation would start.
+    let installed = format!("shim: {{program: {}}}\n", shim.display());
+    node.reconfigure(&installed, "")?;
+    node.refuses(
+        &["apply"],
+        3,
+        &["generation 4", "--release", "shim.program"],
+    )?;
+    node.refuses(&["rollback", GPU, "--to", "4"], 3, &["shim.program"])?;
+    let config = fs::read_to_string(&node.config)?;
+    fs::write(&node.config, config + &installed)?;
     node.km.expect(&["rollback", GPU, "--release"], 0)?;
     node.apply(&[GPU, SNP])?;
     ensure!(!drop_in(&node, GPU)?.contains(LINK));
