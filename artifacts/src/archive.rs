@@ -16,21 +16,19 @@ use std::path::{Path, PathBuf};
 use km_host::{Error as HostError, atomic};
 use oci_spec::image::ImageManifest;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::Map;
 
 use layout::Layout;
 
 use crate::digest::{Digest, Hasher};
 use crate::error::{Error, Result};
+use crate::index::{Entry, REF_NAME};
 use crate::layers;
 use crate::progress::{Item, Progress};
 use crate::pull::{Root, pull_from};
 use crate::reference::Reference;
 use crate::store::Store;
 use crate::unpack::Limits;
-
-/// The name of a manifest in `index.json` (image specification, annotations.md).
-const REF_NAME: &str = "org.opencontainers.image.ref.name";
 
 /// Media type of a manifest (image specification, media-types.md).
 const MANIFEST_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";
@@ -82,24 +80,6 @@ struct Index {
     schema_version: u32,
     #[serde(default)]
     manifests: Vec<Entry>,
-}
-
-#[derive(Clone, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct Entry {
-    media_type: String,
-    digest: String,
-    size: u64,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    artifact_type: Option<String>,
-    #[serde(default, skip_serializing_if = "Map::is_empty")]
-    annotations: Map<String, Value>,
-}
-
-impl Entry {
-    fn name(&self) -> Option<&str> {
-        self.annotations.get(REF_NAME).and_then(Value::as_str)
-    }
 }
 
 /// What goes into a file: small documents, and blobs that are files of the store.

@@ -36,6 +36,7 @@ pub mod digest;
 mod error;
 mod generation;
 mod image;
+mod index;
 mod layers;
 mod progress;
 mod publish;

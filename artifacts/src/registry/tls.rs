@@ -69,12 +69,11 @@ impl Tls {
         let unusable = |source: rustls::Error| Error::ClientCertificate {
             source: source.into(),
         };
-        let provider = Arc::clone(&self.trust.provider);
-        let verifier: Arc<dyn ServerCertVerifier> = match any_certificate {
-            true => Arc::new(Anyone(Arc::clone(&provider))),
-            false => Arc::clone(&self.trust) as _,
+        let verifier = match any_certificate {
+            true => Arc::new(self.trust.in_anyone()),
+            false => Arc::clone(&self.trust),
         };
-        let builder = ClientConfig::builder_with_provider(provider)
+        let builder = ClientConfig::builder_with_provider(Arc::clone(&verifier.provider))
             .with_safe_default_protocol_versions()
             .map_err(unusable)?
             .dangerous()
@@ -176,10 +175,17 @@ fn system_file() -> CertificateResult {
     load_certs_from_paths(openssl_probe::probe().cert_file.as_deref(), None)
 }
 
-/// Verifies servers by the certificates that were handed in, and by the system's.
+/// Verifies servers.
 #[derive(Debug)]
 struct Trust {
     provider: Arc<CryptoProvider>,
+    /// None takes whoever comes; what comes has a digest.
+    roots: Option<Roots>,
+}
+
+/// The certificates that were handed in, and the system's.
+#[derive(Debug)]
+struct Roots {
     given: Option<Arc<WebPkiServerVerifier>>,
     /// The last of them knows all.
     system: [Later; 2],
@@ -187,10 +193,17 @@ struct Trust {
 
 impl Trust {
     fn new(provider: Arc<CryptoProvider>, given: Option<Arc<WebPkiServerVerifier>>) -> Trust {
+        let system = [Later::new(system_file), Later::new(load_native_certs)];
         Trust {
             provider,
-            given,
-            system: [Later::new(system_file), Later::new(load_native_certs)],
+            roots: Some(Roots { given, system }),
+        }
+    }
+
+    fn in_anyone(&self) -> Trust {
+        Trust {
+            provider: Arc::clone(&self.provider),
+            roots: None,
         }
     }
 }
@@ -204,8 +217,11 @@ impl ServerCertVerifier for Trust {
         ocsp: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        let system = self.system.iter().map(|later| later.get(&self.provider));
-        let given = std::iter::once(self.given.as_ref());
+        let Some(roots) = &self.roots else {
+            return Ok(ServerCertVerified::assertion());
+        };
+        let system = roots.system.iter().map(|later| later.get(&self.provider));
+        let given = std::iter::once(roots.given.as_ref());
         let mut refused = rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer);
         for verifier in given.chain(system).flatten() {
             match verifier.verify_server_cert(end_entity, intermediates, name, ocsp, now) {
@@ -241,47 +257,6 @@ impl ServerCertVerifier for Trust {
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         let algorithms = &self.provider.signature_verification_algorithms;
         algorithms.supported_schemes()
-    }
-}
-
-/// Takes whoever comes; what comes has a digest.
-#[derive(Debug)]
-struct Anyone(Arc<CryptoProvider>);
-
-impl ServerCertVerifier for Anyone {
-    fn verify_server_cert(
-        &self,
-        _: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
-        _: &ServerName<'_>,
-        _: &[u8],
-        _: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        let algorithms = &self.0.signature_verification_algorithms;
-        verify_tls12_signature(message, certificate, signed, algorithms)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        let algorithms = &self.0.signature_verification_algorithms;
-        verify_tls13_signature(message, certificate, signed, algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.signature_verification_algorithms.supported_schemes()
     }
 }
 
@@ -390,9 +365,11 @@ mod tests {
         let provider = Arc::new(aws_lc_rs::default_provider());
         let pem = given.map(|authority| authority.pem());
         let given = super::given(pem.as_deref().map(str::as_bytes), &provider).unwrap();
-        let mut trust = Trust::new(provider, given);
-        trust.system = system.map(Later::new);
-        trust
+        let system = system.map(Later::new);
+        Trust {
+            provider,
+            roots: Some(Roots { given, system }),
+        }
     }
 
     fn verify(trust: &Trust, certificate: &CertificateDer<'_>) -> Result<(), rustls::Error> {
@@ -430,6 +407,7 @@ mod tests {
         let other_name = refused(server(&ours, "other.test"));
         let hint = hint(&other_name);
         assert!(hint.contains("for another name"), "{other_name}: {hint}");
+        verify(&trust.in_anyone(), &server(&theirs, "registry.test")).unwrap();
     }
 
     #[test]

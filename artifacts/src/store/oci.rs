@@ -7,20 +7,17 @@ use std::collections::BTreeSet;
 
 use oci_spec::image::ImageManifest;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::Map;
 
 use super::Store;
 use super::complete::{read, to_json};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::generation::GenerationManifest;
+use crate::index::{Entry, REF_NAME};
 use crate::reference::Reference;
 use crate::registry::{Manifest, Resolved};
 use crate::trust::{Evidence, Form};
-
-/// A reference's name in `index.json` (image specification, annotations.md). It is the whole reference, so that two
-/// repositories with equal tags do not collide; the grammar there allows it.
-const REF_NAME: &str = "org.opencontainers.image.ref.name";
 
 /// The media type of a manifest that does not say its own (image specification, manifest.md).
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
@@ -41,18 +38,6 @@ struct Index {
     schema_version: u32,
     media_type: String,
     manifests: Vec<Entry>,
-}
-
-#[derive(Debug, PartialEq, Clone, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct Entry {
-    media_type: String,
-    digest: String,
-    size: u64,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    artifact_type: Option<String>,
-    #[serde(default, skip_serializing_if = "Map::is_empty")]
-    annotations: Map<String, Value>,
 }
 
 impl Index {
@@ -100,12 +85,6 @@ impl Index {
             .sort_by_key(|entry| (entry.digest.clone(), entry.name().map(str::to_owned)));
         self.manifests
             .dedup_by_key(|entry| (entry.digest.clone(), entry.name().map(str::to_owned)));
-    }
-}
-
-impl Entry {
-    fn name(&self) -> Option<&str> {
-        self.annotations.get(REF_NAME).and_then(Value::as_str)
     }
 }
 

@@ -7,8 +7,6 @@ use km_host::{HostPath, Root};
 
 use super::*;
 
-const BLOB: &[u8] = b"guest kernel";
-
 fn digest_reply(_: &Seen, _: usize) -> Reply {
     Reply::ok("").header("Docker-Content-Digest", Digest::of(b"m"))
 }
@@ -54,13 +52,6 @@ fn under_scores(server: &Server) -> String {
     format!("{}_", server.host().replace(':', "_"))
 }
 
-async fn fetch(client: &Client, server: &Server) -> (Result<()>, Collect) {
-    let mut sink = Collect::default();
-    let (digest, reference) = (Digest::of(BLOB), reference(server));
-    let result = client.fetch_blob(&reference, &digest, BLOB.len() as u64, &mut sink);
-    (result.await, sink)
-}
-
 #[tokio::test]
 async fn a_mirror_answers_for_its_registry_and_is_told_for_which() {
     let (origin, mirror) = (
@@ -89,11 +80,11 @@ async fn what_a_mirror_cannot_give_comes_from_the_next() {
     let bad = Server::start(|_, n| match n {
         0 => Reply::new(404),
         1 => Reply::new(503),
-        2 => Reply::ok(b"another kerne"[..BLOB.len()].to_vec()),
-        _ => Reply::ok(BLOB).end(End::Cut(5)),
+        2 => Reply::ok(b"another kerne"[..KERNEL.len()].to_vec()),
+        _ => Reply::ok(KERNEL).end(End::Cut(5)),
     })
     .await;
-    let origin = Server::start(|_, _| Reply::ok(BLOB)).await;
+    let origin = Server::start(|_, _| Reply::ok(KERNEL)).await;
     let dir = tempfile::tempdir().unwrap();
     let text = format!(
         "[host.\"http://{}\"]\n[host.\"http://{}\"]\n",
@@ -103,9 +94,9 @@ async fn what_a_mirror_cannot_give_comes_from_the_next() {
     write(dir.path(), &origin.host(), &text);
     let client = with_hosts(dir.path(), Credentials::anonymous());
     for (asked, restarts) in [(1, 0), (2, 0), (3, 1), (4, 1)] {
-        let (result, sink) = fetch(&client, &origin).await;
+        let (result, sink) = fetch_kernel(&client, &origin).await;
         result.unwrap();
-        assert_eq!(sink.bytes, BLOB);
+        assert_eq!(sink.bytes, KERNEL);
         assert_eq!(sink.restarts, restarts);
         assert_eq!((bad.seen().len(), origin.seen().len()), (asked, asked));
     }
@@ -198,7 +189,7 @@ async fn one_limit_holds_over_all_ways() {
 
 #[tokio::test]
 async fn a_mirror_that_may_not_resolve_gives_blobs_only() {
-    let mirror = Server::start(|_, _| Reply::ok(BLOB)).await;
+    let mirror = Server::start(|_, _| Reply::ok(KERNEL)).await;
     let origin = Server::start(digest_reply).await;
     let dir = tempfile::tempdir().unwrap();
     let text = format!(
@@ -209,7 +200,7 @@ async fn a_mirror_that_may_not_resolve_gives_blobs_only() {
     let client = with_hosts(dir.path(), Credentials::anonymous());
     client.digest(&reference(&origin)).await.unwrap();
     assert_eq!((mirror.seen().len(), origin.seen().len()), (0, 1));
-    fetch(&client, &origin).await.0.unwrap();
+    fetch_kernel(&client, &origin).await.0.unwrap();
     assert_eq!((mirror.seen().len(), origin.seen().len()), (1, 1));
 }
 

@@ -62,6 +62,16 @@ fn whole(error: &Error) -> String {
     text
 }
 
+/// A blob of the test repository.
+const KERNEL: &[u8] = b"guest kernel";
+
+async fn fetch_kernel(client: &Client, server: &Server) -> (Result<()>, Collect) {
+    let mut sink = Collect::default();
+    let (digest, reference) = (Digest::of(KERNEL), reference(server));
+    let result = client.fetch_blob(&reference, &digest, KERNEL.len() as u64, &mut sink);
+    (result.await, sink)
+}
+
 /// Collects what it is given, and remembers the most that it ever held.
 #[derive(Debug, Default)]
 struct Collect {
