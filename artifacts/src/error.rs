@@ -244,7 +244,10 @@ impl Error {
 
     /// Whether a person has to decide first.
     pub fn is_refused(&self) -> bool {
-        matches!(self, Error::Occupied { .. } | Error::InUse { .. })
+        matches!(
+            self,
+            Error::Occupied { .. } | Error::InUse { .. } | Error::Dropped { .. }
+        )
     }
 
     /// Whether something in the store is not as we wrote it; making a new generation helps.

@@ -169,7 +169,10 @@ impl Image {
             let same = ours
                 .iter()
                 .all(|(key, value)| annotations.get(*key) == Some(value));
-            if same && store.assemble(&digest, &bytes)?.is_some() {
+            if same
+                && let Some(artifact) = store.assemble(&digest, &bytes)?
+                && has_what_is_kept(store, &artifact)?
+            {
                 return Ok(Some((digest, bytes)));
             }
         }
@@ -290,6 +293,16 @@ impl Image {
             },
         }
     }
+}
+
+/// Whether the blobs of its layers are there, where they are to stay.
+fn has_what_is_kept(store: &Store, artifact: &Artifact) -> Result<bool> {
+    for layer in artifact.layers.iter().filter(|_| store.keeps_blobs()) {
+        if !store.has_blob(&layer.digest, layer.size)? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Layers whose blobs are in the store.

@@ -8,7 +8,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use km_tests_e2e::containerd::{Instance, Options, Version};
 use km_tests_e2e::km::Km;
-use km_tests_e2e::proxy::Proxy;
+use km_tests_e2e::proxy::{Fault, Proxy};
 use km_tests_e2e::registry::{self, Registry};
 use km_tests_e2e::sandbox::Sandbox;
 use km_tests_e2e::suite::Test;
@@ -23,6 +23,7 @@ pub(crate) const TESTS: &[Test] = &[
         a_folder_is_what_containerd_makes_of_it,
     ),
     ("a_class_names_a_folder", a_class_names_a_folder),
+    ("a_folder_without_a_network", a_folder_without_a_network),
     ("what_an_image_may_not_hold", what_an_image_may_not_hold),
 ];
 
@@ -163,6 +164,49 @@ fn a_class_names_a_folder(sandbox: &Sandbox) -> Result<()> {
     node.reconfigure(&part, &signed)?;
     node.refuses(&["plan"], 4, &["imageFolder", "signatures"])?;
     Ok(())
+}
+
+/// A class's folder of an image travels as an artifact does, once its blob is kept.
+fn a_folder_without_a_network(sandbox: &Sandbox) -> Result<()> {
+    let node = Node::start(sandbox, &Options::new(Version::V2))?;
+    upload::image(&node.registry.host(), IMAGE, "v1", &layers()?)?;
+    let reference = node.proxy.reference(&format!("{IMAGE}:v1"));
+    let url = format!("url: {reference}\n");
+    let configure = |more: &str| {
+        node.configure_with(&[Class::runc(DEMO, reference.clone())], more)?;
+        node.reconfigure(&url, &format!("{url}    imageFolder: /{FOLDER}\n"))
+    };
+    configure("")?;
+    node.apply(&[DEMO])?;
+    let live = node.artifacts.join(DEMO);
+    let folder = || -> Result<_> {
+        let mut found = content(&fs::canonicalize(&live)?)?;
+        // It tells when the generation was made.
+        found.remove(".generation.json");
+        Ok(found)
+    };
+    let there = folder()?;
+    let file = sandbox.folder("carried")?.join("guest.tar");
+    let file = file.display().to_string();
+    node.refuses(
+        &["artifacts", "export", &file],
+        3,
+        &["keepBlobs: true and pull it again"],
+    )?;
+    configure("keepBlobs: true\n")?;
+    node.km.expect(&["artifacts", "pull"], 0)?;
+    node.km.expect(&["artifacts", "export", &file], 0)?;
+
+    node.km.expect(&["uninstall"], 0)?;
+    node.proxy.rule("/", Fault::Status(403), u32::MAX);
+    node.refuses(&["apply"], 5, &[&reference])?;
+    node.km.expect(&["artifacts", "import", &file], 0)?;
+    let applied = node.apply(&[DEMO])?;
+    ensure!(applied.stderr.contains("what is here"), "{applied}");
+    ensure!(folder()? == there, "another folder came out");
+    let again = node.km.expect(&["apply"], 0)?;
+    ensure!(again.stdout.starts_with("Nothing to do"), "{again}");
+    node.store_is_whole()
 }
 
 fn a_folder_is_what_containerd_makes_of_it(sandbox: &Sandbox) -> Result<()> {
