@@ -26,6 +26,10 @@ pub(crate) const TESTS: &[Test] = &[
         rollback_refuses_what_is_damaged,
     ),
     ("gc_keeps_what_is_needed", gc_keeps_what_is_needed),
+    (
+        "a_pulled_folder_is_mapped_and_pulled_again",
+        a_pulled_folder_is_mapped_and_pulled_again,
+    ),
     ("a_shared_file_is_there_once", a_shared_file_is_there_once),
     ("a_site_without_a_network", a_site_without_a_network),
 ];
@@ -234,6 +238,38 @@ fn gc_keeps_what_is_needed(sandbox: &Sandbox) -> Result<()> {
         "nothing was given back"
     );
     node.store_is_whole()
+}
+
+/// What a guest has mapped from a folder of the user's is never written to, whether the tag has moved or not.
+fn a_pulled_folder_is_mapped_and_pulled_again(sandbox: &Sandbox) -> Result<()> {
+    let node = Node::start(sandbox, &Options::new(Version::V2))?;
+    publish(sandbox, &node, 1)?;
+    let folder = sandbox.folder("pulled")?;
+    let (dir, reference) = (folder.display().to_string(), node.proxy.reference(MOVING));
+    let pull = || {
+        let words = ["artifacts", "pull", &reference, "--to", &dir];
+        node.km.expect(&words, 0)
+    };
+    pull()?;
+    let kernel = folder.join("vmlinuz");
+    let inode = || fs::metadata(&kernel).map(|meta| meta.ino());
+    let first = inode()?;
+    let qemu = sandbox.parts().qemu();
+    let mut guest = Mapped::start(&qemu, &kernel, &sandbox.folder("guest")?)?;
+    pull()?;
+    ensure!(inode()? == first, "a file that is right was made anew");
+    ensure!(guest.reads()? == "0x01 0x01 0x01 0x01");
+
+    publish(sandbox, &node, 2)?;
+    pull()?;
+    ensure!(inode()? != first, "the file that is mapped was written to");
+    ensure!(fs::read(&kernel)? == vec![2; SIZE], "another kernel came");
+    let still = guest.reads()?;
+    ensure!(
+        still == "0x01 0x01 0x01 0x01",
+        "the guest now reads {still}"
+    );
+    Ok(())
 }
 
 fn a_shared_file_is_there_once(sandbox: &Sandbox) -> Result<()> {
