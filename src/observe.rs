@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result};
 use km_artifacts::digest::Digest;
 use km_artifacts::reference::Reference;
 use km_artifacts::registry::{Client, Platform, Resolved};
-use km_artifacts::trust::{self, Verified};
+use km_artifacts::trust::Verified;
 use km_artifacts::{Damage, Generation};
 use km_host::HostPath;
 
@@ -351,9 +351,11 @@ async fn artifact(
         return Ok(SeenArtifact::Live);
     }
     let pinned = reference.with_digest(digest);
+    // What is damaged here is fetched again.
+    let known = node.store.resolved(reference).unwrap_or_default();
     let resolved = digests
         .client
-        .resolve(&pinned, &Platform::host())
+        .resolve_again(&pinned, &Platform::host(), known.as_ref())
         .await
         .with_context(|| format!("cannot read the manifest of {text}, the artifact of {name}"))?;
     let verified = verify(node, digests.client, seen, &pinned, &resolved).await?;
@@ -379,7 +381,7 @@ async fn verify(
     let Some(keys) = node.policy(name).keys() else {
         return Ok(Verified::default());
     };
-    trust::fetch(client, reference, resolved, keys)
+    km_artifacts::verify(&node.store, client, reference, resolved, keys)
         .await
         .with_context(|| format!("{name} takes only signed artifacts{}", stays(seen)))
 }

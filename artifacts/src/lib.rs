@@ -9,8 +9,8 @@
 //! 1. [`registry`] resolves a [`mod@reference`] to a manifest and streams blobs, verified by their [`digest`].
 //! 2. [`pull()`] brings what lacks into the [`Store`]: to temporary files, through [`unpack`] for archives, then by rename
 //!    to final names. The result is an [`Artifact`].
-//! 3. [`trust`] finds and verifies signatures, where a policy demands them; [`Store::keep_signatures`] keeps them with the
-//!    artifact, so that [`Store::signers`] can ask again without a network.
+//! 3. [`verify()`] finds the signatures that a policy demands, and [`trust`] judges them; [`Store::keep_signatures`] keeps them
+//!    with the artifact, so that [`Store::signers`] can ask again without a network.
 //! 4. [`Store::create_generation`] makes an immutable folder of it, with files derived for this node.
 //! 5. [`Store::activate`] points the class there.
 //! 6. [`Store::check`] compares with what was written down; [`Store::remove_unreferenced`] and its siblings clean up.
@@ -46,6 +46,7 @@ pub mod registry;
 mod store;
 pub mod trust;
 pub mod unpack;
+mod verify;
 
 pub use error::{Error, Result};
 pub use generation::{
@@ -58,3 +59,4 @@ pub use publish::{ARTIFACT_TYPE, Options as PublishOptions, Published, Published
 pub use pull::pull;
 pub use store::{Store, Unreferenced, check_class};
 pub use unpack::Limits;
+pub use verify::verify;

@@ -30,6 +30,10 @@ pub(crate) const TESTS: &[Test] = &[
         "signatures_travel_without_a_network",
         signatures_travel_without_a_network,
     ),
+    (
+        "signatures_are_asked_for_once",
+        signatures_are_asked_for_once,
+    ),
     ("the_referrers_api_is_read", the_referrers_api_is_read),
     ("keys_that_cannot_be_used", keys_that_cannot_be_used),
     ("a_changed_file_is_found", a_changed_file_is_found),
@@ -188,6 +192,74 @@ fn the_referrers_api_is_read(sandbox: &Sandbox) -> Result<()> {
     node.apply(&[DEMO])?;
     ensure!(asked(&tag) > 0, "the fallback tag was not asked for");
     Ok(())
+}
+
+/// What is kept is verified each time; a registry is asked when that does not do.
+fn signatures_are_asked_for_once(sandbox: &Sandbox) -> Result<()> {
+    let node = demo_node(sandbox)?;
+    let signing = Signing::new(sandbox, &["ours", "theirs"])?;
+    let (repository, digest) = pinned(sandbox, &node, SMALL)?;
+    signing.sign("ours", Form::Bundle, &format!("{repository}@{digest}"))?;
+    demand(&node, SMALL, &[&signing.public("ours")])?;
+    let reference = node.proxy.reference(SMALL);
+    let to = sandbox.folder("to")?.display().to_string();
+    let pull = ["artifacts", "pull", &reference];
+    let elsewhere = ["artifacts", "pull", &reference, "--to", &to];
+    let asked = |words: &[&str]| -> Result<Vec<String>> {
+        node.proxy.take_requests();
+        node.km.expect(words, 0)?;
+        let requests = node.proxy.take_requests().into_iter();
+        Ok(requests.map(|request| request.path).collect())
+    };
+    let manifest = "/v2/kata/small/manifests/v1";
+    let signature = digest.replace(':', "-");
+    for (words, signed_before) in [(&["apply"][..], false), (&pull, true), (&elsewhere, false)] {
+        let first = asked(words)?;
+        let looked = first.iter().any(|path| path.contains(&signature));
+        ensure!(looked != signed_before, "{words:?} asked for {first:?}");
+        let again = asked(words)?;
+        ensure!(again == [manifest], "{words:?} asked again for {again:?}");
+    }
+
+    // A new generation of the same artifact.
+    let prefix = node.prefix.display().to_string();
+    node.reconfigure(&prefix, "/elsewhere")?;
+    let again = asked(&["apply"])?;
+    ensure!(again == [manifest], "it asked for {again:?}");
+    let made = generation(&node)?;
+    ensure!(
+        made["number"] == 2 && made["signers"][0]["signed"] == digest,
+        "{made}"
+    );
+
+    // A kept signature that is damaged is none.
+    let kept = made["signers"][0]["manifest"]
+        .as_str()
+        .context("a digest")?;
+    let kept = node
+        .artifacts
+        .join(".store/oci/blobs")
+        .join(kept.replace(':', "/"));
+    fs::set_permissions(&kept, fs::Permissions::from_mode(0o644))?;
+    fs::write(&kept, "{}")?;
+    let mended = asked(&pull)?;
+    ensure!(
+        mended.iter().any(|path| path.contains(&signature)),
+        "{mended:?}"
+    );
+    ensure!(asked(&pull)? == [manifest], "it was not mended");
+
+    demand(&node, SMALL, &[&signing.public("theirs")])?;
+    for words in [&["apply"][..], &pull, &elsewhere] {
+        node.proxy.take_requests();
+        node.refuses(words, 6, &["none of the trusted keys made it"])?;
+        let requests = node.proxy.take_requests();
+        ensure!(
+            requests.iter().any(|one| one.path.contains(&signature)),
+            "{words:?} with another key asked for {requests:?}"
+        );
+    }
+    node.store_is_whole()
 }
 
 fn signatures_travel_without_a_network(sandbox: &Sandbox) -> Result<()> {
