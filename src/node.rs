@@ -56,7 +56,7 @@ impl Node {
     /// Opens what a configuration, as it was read, names; changes nothing.
     pub(crate) fn open(
         (mut config, config_bytes): (Config, Vec<u8>),
-        root: &std::path::Path,
+        root: &Path,
         lock_wait: Duration,
         flavor: Option<config::Flavor>,
     ) -> Result<Node> {
@@ -66,13 +66,33 @@ impl Node {
         }
         // What is not supported is refused by the commands that concern containerd, not by those that do not.
         let flavor = flavor::settle(&root, &mut config.containerd);
+        let flavor = flavor.map_err(|refused| refused.to_string());
+        Node::with(root, (config, config_bytes), lock_wait, flavor)
+    }
+
+    /// As [`Node::open`], for work that is not about the node: which containerd it has is not looked for.
+    pub(crate) fn elsewhere(
+        config: (Config, Vec<u8>),
+        root: &Path,
+        lock_wait: Duration,
+    ) -> Result<Node> {
+        let flavor = Err("which containerd this node has was not looked for".to_owned());
+        Node::with(Root::new(root)?, config, lock_wait, flavor)
+    }
+
+    fn with(
+        root: Root,
+        (config, config_bytes): (Config, Vec<u8>),
+        lock_wait: Duration,
+        flavor: Result<flavor::Kind, String>,
+    ) -> Result<Node> {
         let store =
             Store::open(&root.resolve(&config.artifacts_dir)?)?.with_blobs_kept(config.keep_blobs);
         let mut node = Node {
             root,
             config,
             config_bytes,
-            flavor: flavor.map_err(|refused| refused.to_string()),
+            flavor,
             store,
             policies: BTreeMap::new(),
             policy: Policy::None,

@@ -16,7 +16,8 @@ use crate::failure::{Failure, Kind};
 /// One at a time changes devices. `/run` is emptied at boot, as devices are.
 pub(crate) const LOCK: &str = "/run/kata-manager/devices.lock";
 
-/// How devices are named and which nodes are theirs, in place of what the configuration says.
+// How devices are named and which nodes are theirs, in place of what the configuration says. No documentation: it would stand in the
+// place of the help of each command that has it.
 #[derive(Clone, Debug, Default, clap::Args)]
 #[command(next_help_heading = "CDI specs")]
 pub(crate) struct Options {

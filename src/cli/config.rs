@@ -8,6 +8,7 @@ use crate::config::Config;
 use crate::output;
 
 #[derive(Debug, clap::Subcommand)]
+#[command(defer = true)]
 pub(super) enum Command {
     /// Check the configuration file, and the files of keys, certificates and credentials that it names.
     Check,

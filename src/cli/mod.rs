@@ -23,6 +23,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use clap::parser::ValueSource;
 use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
+use tokio::runtime::Builder;
 
 use crate::failure::{self, Kind};
 use crate::log;
@@ -110,29 +111,37 @@ impl Global {
         self.open(crate::config::load(&self.config)?)
     }
 
-    /// As [`Global::node`], for work that is not about the node and so needs no configuration.
+    /// As [`Global::node`], for work that needs no configuration.
     fn node_if_configured(&self) -> Result<Node> {
         self.open(crate::config::load_if_there(&self.config)?)
+    }
+
+    /// For work that is not about the node at all.
+    fn elsewhere(&self) -> Result<Node> {
+        let config = crate::config::load_if_there(&self.config)?;
+        let mut node = Node::elsewhere(config, &self.host_root, self.lock_wait())?;
+        node.ca_file.clone_from(&self.ca_file);
+        Ok(node)
+    }
+
+    fn open(&self, config: (crate::config::Config, Vec<u8>)) -> Result<Node> {
+        let mut node = Node::open(config, &self.host_root, self.lock_wait(), self.flavor)?;
+        node.ca_file.clone_from(&self.ca_file);
+        Ok(node)
+    }
+
+    fn lock_wait(&self) -> Duration {
+        Duration::from_secs(self.lock_timeout)
     }
 
     /// How devices are named and given away, by the configuration if there is one.
     fn devices(&self) -> Result<crate::config::Devices> {
         Ok(crate::config::load_if_there(&self.config)?.0.devices)
     }
-
-    fn open(&self, config: (crate::config::Config, Vec<u8>)) -> Result<Node> {
-        let mut node = Node::open(
-            config,
-            &self.host_root,
-            Duration::from_secs(self.lock_timeout),
-            self.flavor,
-        )?;
-        node.ca_file.clone_from(&self.ca_file);
-        Ok(node)
-    }
 }
 
 #[derive(Debug, Subcommand)]
+#[command(defer = true)]
 enum Command {
     /// Show what "apply" would change, and change nothing.
     Plan(plan::Arguments),
@@ -203,7 +212,7 @@ pub(crate) fn run(arguments: Vec<OsString>) -> ExitCode {
         _ => cli.global.log,
     };
     log::start(level);
-    match runtime(&cli.command).and_then(|runtime| runtime.block_on(dispatch(cli))) {
+    match dispatch(cli) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
             output::error(format, &error);
@@ -212,34 +221,35 @@ pub(crate) fn run(arguments: Vec<OsString>) -> ExitCode {
     }
 }
 
-/// Two workers: one for each CPU would reserve hundreds of megabytes on a GPU server. None for the plugin, which mostly waits.
-fn runtime(command: &Command) -> Result<tokio::runtime::Runtime> {
-    let mut builder = match command {
-        Command::DevicePlugin(_) => tokio::runtime::Builder::new_current_thread(),
-        _ => tokio::runtime::Builder::new_multi_thread(),
-    };
-    builder
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .context("cannot start threads")
+/// Two workers: one for each CPU would reserve hundreds of megabytes on a GPU server.
+fn on_threads<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+    let mut builder = Builder::new_multi_thread();
+    let threads = builder.worker_threads(2).enable_all().build();
+    threads.context("cannot start threads")?.block_on(work)
 }
 
-async fn dispatch(cli: Cli) -> Result<u8> {
+/// For work that mostly waits: starting threads would take longer.
+fn on_one_thread<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+    let one = Builder::new_current_thread().enable_all().build();
+    one.context("cannot prepare to wait for events")?
+        .block_on(work)
+}
+
+fn dispatch(cli: Cli) -> Result<u8> {
     let global = &cli.global;
     match cli.command {
-        Command::Plan(arguments) => return plan::run(global, &arguments).await,
-        Command::Apply(arguments) => apply::run(global, &arguments).await?,
-        Command::Status => status::run(global).await?,
-        Command::Uninstall(arguments) => uninstall::run(global, &arguments).await?,
+        Command::Plan(arguments) => return on_threads(plan::run(global, &arguments)),
+        Command::Apply(arguments) => on_threads(apply::run(global, &arguments))?,
+        Command::Status => on_threads(status::run(global))?,
+        Command::Uninstall(arguments) => on_threads(uninstall::run(global, &arguments))?,
         Command::Rollback(arguments) => rollback::run(global, &arguments)?,
-        Command::Artifacts(command) => artifacts::run(global, &command).await?,
-        Command::Containerd(command) => containerd::run(global, &command).await?,
+        Command::Artifacts(command) => artifacts::run(global, &command)?,
+        Command::Containerd(command) => on_threads(containerd::run(global, &command))?,
         Command::Devices(command) => devices::run(global, &command)?,
-        Command::Cdi(command) => cdi::run(global, &command).await?,
-        Command::Doctor(arguments) => doctor::run(global, &arguments).await?,
-        Command::DevicePlugin(arguments) => device_plugin::run(global, &arguments).await?,
-        Command::Topology(arguments) => topology::run(global, &arguments).await?,
+        Command::Cdi(command) => on_threads(cdi::run(global, &command))?,
+        Command::Doctor(arguments) => on_threads(doctor::run(global, &arguments))?,
+        Command::DevicePlugin(arguments) => on_one_thread(device_plugin::run(global, &arguments))?,
+        Command::Topology(arguments) => on_threads(topology::run(global, &arguments))?,
         Command::Runtimeclasses(command) => runtimeclasses::run(global, &command)?,
         Command::Config(command) => config::run(global, &command)?,
         Command::Completions { shell } => {

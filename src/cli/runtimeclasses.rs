@@ -10,6 +10,7 @@ use crate::output::{self, Format};
 use crate::wanted;
 
 #[derive(Debug, clap::Subcommand)]
+#[command(defer = true)]
 pub(super) enum Command {
     /// Print the RuntimeClass of each configured class, for "kubectl apply -f -".
     Print {

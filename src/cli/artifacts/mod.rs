@@ -13,10 +13,11 @@ use std::path::PathBuf;
 use anyhow::Result;
 use km_artifacts::reference::Reference;
 
-use super::Global;
+use super::{Global, on_one_thread, on_threads};
 use crate::failure::{Failure, Kind};
 
 #[derive(Debug, clap::Subcommand)]
+#[command(defer = true)]
 pub(super) enum Command {
     /// Publish a folder as a guest artifact: each file becomes a layer.
     Push {
@@ -42,7 +43,7 @@ pub(super) enum Command {
     Import(import::Arguments),
 }
 
-pub(super) async fn run(global: &Global, command: &Command) -> Result<()> {
+pub(super) fn run(global: &Global, command: &Command) -> Result<()> {
     // A workstation or a build publishes and fetches, too.
     let elsewhere = match command {
         Command::Push { .. } => true,
@@ -50,17 +51,17 @@ pub(super) async fn run(global: &Global, command: &Command) -> Result<()> {
         _ => false,
     };
     let node = if elsewhere {
-        global.node_if_configured()?
+        global.elsewhere()?
     } else {
         global.node()?
     };
     match command {
-        Command::Push { dir, reference } => push::run(global, &node, dir, reference).await,
-        Command::Pull(arguments) => pull::run(global, &node, arguments).await,
+        Command::Push { dir, reference } => on_threads(push::run(global, &node, dir, reference)),
+        Command::Pull(arguments) => pull::run(global, &node, arguments),
         Command::Verify { classes } => verify::run(global, &node, classes),
         Command::List => list::run(global, &node),
         Command::Export(arguments) => export::run(global, &node, arguments),
-        Command::Import(arguments) => import::run(global, &node, arguments).await,
+        Command::Import(arguments) => on_threads(import::run(global, &node, arguments)),
         Command::Gc(arguments) => gc::run(global, &node, arguments),
     }
 }

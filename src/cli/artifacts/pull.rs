@@ -1,15 +1,16 @@
 //! `artifacts pull`: what references lead to comes into the store, and nothing is switched; or into a folder of the user's.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
 use km_artifacts::digest::Digest;
 use km_artifacts::reference::Reference;
 use km_artifacts::registry::{Client, Platform, Resolved};
-use km_artifacts::{Artifact, Limits, Store, trust};
+use km_artifacts::trust::Evidence;
+use km_artifacts::{Artifact, Limits, Store};
 use serde_json::json;
 
-use super::{Global, parse};
+use super::{Global, on_one_thread, on_threads, parse};
 use crate::config::RATE_LIMIT_MIN;
 use crate::failure::{Failure, Kind};
 use crate::node::Node;
@@ -46,133 +47,198 @@ impl Arguments {
     }
 }
 
-pub(super) async fn run(global: &Global, node: &Node, arguments: &Arguments) -> Result<()> {
+/// A reference to fetch, and which folder of it when it is a container image.
+type Wanted = (Reference, Option<String>);
+
+/// What a reference leads to, with the signatures that are demanded.
+struct Found {
+    wanted: Wanted,
+    resolved: Resolved,
+    evidence: Vec<Evidence>,
+}
+
+impl Found {
+    /// Whether it is what is there already.
+    fn is(&self, known: Option<&Resolved>) -> bool {
+        known.is_some_and(|known| known.manifest.digest == self.resolved.manifest.digest)
+    }
+}
+
+pub(super) fn run(global: &Global, node: &Node, arguments: &Arguments) -> Result<()> {
+    let store = match &arguments.to {
+        Some(dir) => Store::open(dir)?,
+        None => node.store.clone(),
+    };
+    let wanted = wanted(node, arguments)?;
+    let limit = arguments.rate_limit.or(node.config.registry.rate_limit);
+    let client = || node.registry_limited(limit, arguments.streams.into());
+    let known: Vec<_> = wanted.iter().map(|one| known(&store, one)).collect();
+    let (mut found, mut pulled) = (None, None);
+    if known.iter().all(Option::is_some) {
+        // Most likely there is nothing to fetch, and to start threads would take longer than to find out.
+        let client = client()?;
+        on_one_thread(async {
+            let all = look_up(node, &store, &client, &wanted, &known).await?;
+            if all
+                .iter()
+                .zip(&known)
+                .all(|(one, known)| one.is(known.as_ref()))
+            {
+                pulled = Some(bring(node, arguments, &store, &client, &all).await?);
+            }
+            found = Some(all);
+            Ok(())
+        })?;
+    }
+    let pulled = match pulled {
+        Some(pulled) => pulled,
+        None => {
+            let client = client()?;
+            on_threads(async {
+                let found = match found {
+                    Some(found) => found,
+                    None => look_up(node, &store, &client, &wanted, &known).await?,
+                };
+                bring(node, arguments, &store, &client, &found).await
+            })?
+        }
+    };
+    let mut text = String::new();
+    let mut artifacts = Vec::new();
+    for (reference, digest, artifact) in pulled {
+        text.push_str(&format!(
+            "{digest} {reference}: {} files, {}\n",
+            artifact.files.len(),
+            output::bytes(artifact.bytes())
+        ));
+        artifacts.push(json!({ "reference": reference.to_string(), "digest": digest, "bytes": artifact.bytes() }));
+    }
+    output::result(
+        global.output,
+        "Pulled",
+        json!({ "artifacts": artifacts }),
+        &text,
+    )
+}
+
+/// What the command line names, or else the configuration.
+fn wanted(node: &Node, arguments: &Arguments) -> Result<Vec<Wanted>> {
     let references = arguments.references.iter().map(|text| (text, None));
     let image = arguments.image.iter();
-    let image = image.map(|text| (text, Some(arguments.path.as_str())));
+    let image = image.map(|text| (text, Some(arguments.path.clone())));
     let mut wanted = references
         .chain(image)
         .map(|(text, folder)| Ok((parse(text)?, folder)))
         .collect::<Result<Vec<_>>>()?;
     if wanted.is_empty() {
         let classes = node.config.runtime_classes.iter();
-        wanted = classes
-            .filter_map(|class| class.artifacts.as_ref())
+        let artifacts = classes.filter_map(|class| class.artifacts.as_ref());
+        wanted = artifacts
             .map(|artifacts| {
                 (
                     artifacts.url.reference.clone(),
-                    artifacts.image_folder.as_deref(),
+                    artifacts.image_folder.clone(),
                 )
             })
             .collect();
         wanted.sort();
         wanted.dedup();
     }
-    let limit = arguments.rate_limit.or(node.config.registry.rate_limit);
-    let client = node.registry_limited(limit, arguments.streams.into())?;
-    let mut pulled = Vec::new();
-    let mut text = String::new();
-    if let Some(dir) = &arguments.to
-        && wanted.len() > 1
-    {
-        return Err(Failure::new(
+    match &arguments.to {
+        Some(dir) if wanted.len() > 1 => Err(Failure::new(
             Kind::Configuration,
             format!(
                 "--to {} takes one artifact: the files of several would mix",
                 dir.display()
             ),
         )
-        .into());
+        .into()),
+        _ => Ok(wanted),
     }
-    for (reference, folder) in wanted {
-        let to = arguments.to.as_deref();
-        let (digest, artifact) = pull(node, &client, &reference, to, folder).await?;
-        text.push_str(&format!(
-            "{digest} {reference}: {} files, {}\n",
-            artifact.files.len(),
-            output::bytes(artifact.bytes())
-        ));
-        pulled.push(json!({ "reference": reference.to_string(), "digest": digest, "bytes": artifact.bytes() }));
-    }
-    output::result(
-        global.output,
-        "Pulled",
-        json!({ "artifacts": pulled }),
-        &text,
-    )
 }
 
-/// Returns the digest that the reference leads to, and what is there now.
-async fn pull(
+/// Asks what each reference leads to, and finds the signatures that are demanded.
+async fn look_up(
     node: &Node,
+    store: &Store,
     client: &Client,
-    reference: &Reference,
-    to: Option<&Path>,
-    folder: Option<&str>,
-) -> Result<(Digest, Artifact)> {
-    let known = known(node, reference, to, folder);
-    let resolved = client
-        .resolve_again(reference, &Platform::host(), known.as_ref())
-        .await
-        .with_context(|| format!("cannot look up {reference}"))?;
-    let mut evidence = Vec::new();
-    for keys in node
-        .policies_for(reference)
-        .iter()
-        .filter_map(|policy| policy.keys())
-    {
-        let verified = trust::fetch(client, reference, &resolved, keys)
+    wanted: &[Wanted],
+    known: &[Option<Resolved>],
+) -> Result<Vec<Found>> {
+    let mut all = Vec::new();
+    for (one, known) in wanted.iter().zip(known) {
+        let reference = &one.0;
+        let resolved = client
+            .resolve_again(reference, &Platform::host(), known.as_ref())
             .await
-            .with_context(|| format!("{reference} is not pulled"))?;
-        evidence.extend(verified.evidence);
+            .with_context(|| format!("cannot look up {reference}"))?;
+        let mut evidence = Vec::new();
+        let policies = node.policies_for(reference);
+        for keys in policies.iter().filter_map(|policy| policy.keys()) {
+            let verified = km_artifacts::verify(store, client, reference, &resolved, keys)
+                .await
+                .with_context(|| format!("{reference} is not pulled"))?;
+            evidence.extend(verified.evidence);
+        }
+        all.push(Found {
+            wanted: one.clone(),
+            resolved,
+            evidence,
+        });
     }
-    let (limits, shown) = (Limits::default(), Shown::new("fetched"));
-    let (store, _lock) = match to {
-        Some(dir) => {
-            let store = Store::open(dir)?;
+    Ok(all)
+}
+
+/// Brings what lacks, and returns what each reference led to and what is there now.
+async fn bring(
+    node: &Node,
+    arguments: &Arguments,
+    store: &Store,
+    client: &Client,
+    all: &[Found],
+) -> Result<Vec<(Reference, Digest, Artifact)>> {
+    let _lock = match &arguments.to {
+        Some(_) => {
             store.init()?;
-            let lock = store.lock(node.lock_wait)?;
-            (store, (lock, None))
+            (store.lock(node.lock_wait)?, None)
         }
         None => {
             let (lock, journal) = node.lock()?;
-            (node.store.clone(), (lock, Some(journal)))
+            (lock, Some(journal))
         }
     };
-    let artifact = match folder {
-        Some(folder) => {
-            let (store, resolved) = (&store, &resolved);
-            km_artifacts::pull_image(store, client, reference, resolved, folder, &limits, &shown)
+    let (limits, mut pulled) = (Limits::default(), Vec::new());
+    for found in all {
+        let ((reference, folder), resolved) = (&found.wanted, &found.resolved);
+        let shown = Shown::new("fetched");
+        let artifact = match folder {
+            Some(folder) => {
+                km_artifacts::pull_image(
+                    store, client, reference, resolved, folder, &limits, &shown,
+                )
                 .await
+            }
+            None => km_artifacts::pull(store, client, reference, resolved, &limits, &shown).await,
+        };
+        let artifact = artifact.with_context(|| format!("cannot pull {reference}"))?;
+        let index = resolved.index.as_ref();
+        let index = index.map(|(digest, bytes)| (digest, bytes.as_slice()));
+        store.keep_signatures(reference, index, &found.evidence)?;
+        if arguments.to.is_some() {
+            store.lay_out(&artifact)?;
         }
-        None => km_artifacts::pull(&store, client, reference, &resolved, &limits, &shown).await,
-    };
-    let artifact = artifact.with_context(|| format!("cannot pull {reference}"))?;
-    let index = resolved.index.as_ref();
-    let index = index.map(|(digest, bytes)| (digest, bytes.as_slice()));
-    store.keep_signatures(reference, index, &evidence)?;
-    if to.is_some() {
-        store.lay_out(&artifact)?;
+        pulled.push((reference.clone(), resolved.digest.clone(), artifact));
     }
     store.end_session()?;
-    Ok((resolved.digest, artifact))
+    Ok(pulled)
 }
 
 /// What a reference led to when it was last pulled to the same place, if all of it is there.
-fn known(
-    node: &Node,
-    reference: &Reference,
-    to: Option<&Path>,
-    folder: Option<&str>,
-) -> Option<Resolved> {
+fn known(store: &Store, (reference, folder): &Wanted) -> Option<Resolved> {
     if folder.is_some() {
         // Of a container image's layers nothing is kept.
         return None;
     }
-    let found = match to {
-        Some(dir) => Store::open(dir).and_then(|store| store.resolved(reference)),
-        None => node.store.resolved(reference),
-    };
     // What is damaged there is told of when it is mended.
-    found.unwrap_or_default()
+    store.resolved(reference).unwrap_or_default()
 }

@@ -11,6 +11,7 @@ use km_host::{HostPath, Root};
 use super::Global;
 
 #[derive(Debug, clap::Subcommand)]
+#[command(defer = true)]
 pub(super) enum Command {
     /// Write the specs of the GPUs and NVSwitches that VFIO has, and remove those of ours that list nothing any more.
     Generate(generate::Arguments),

@@ -9,6 +9,7 @@ use anyhow::Result;
 use super::Global;
 
 #[derive(Debug, clap::Subcommand)]
+#[command(defer = true)]
 pub(super) enum Command {
     /// Tell which files containerd reads, which handlers they give, whose each is, and whether it is live.
     ///

@@ -20,6 +20,7 @@ use crate::output::{self, Format};
 use crate::specs::{self, Options, Planned, Settings};
 
 #[derive(Debug, clap::Subcommand)]
+#[command(defer = true)]
 pub(super) enum Command {
     /// List GPUs and NVSwitches with their drivers, IOMMU groups and users.
     List,
@@ -29,7 +30,7 @@ pub(super) enum Command {
     Unbind(unbind::Arguments),
 }
 
-/// Which devices, and whether only to look.
+// Which devices, and whether only to look. No documentation: it would stand in the place of the help of each command that has it.
 #[derive(Debug, clap::Args)]
 struct Which {
     /// PCI addresses, such as 0000:41:00.0 or 41:00.0.

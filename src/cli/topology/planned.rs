@@ -49,7 +49,7 @@ impl FromStr for What {
     }
 }
 
-/// The guest that is planned for.
+// The guest that is planned for. No documentation: it would stand in the place of the help of the command that has it.
 #[derive(Debug, clap::Args)]
 pub(super) struct GuestArguments {
     /// The runtime class of the guest.
