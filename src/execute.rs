@@ -233,6 +233,7 @@ fn derive(
     }
     let mut made = Vec::new();
     if programs::launcher(&node.config, &seen.class)?.is_some() {
+        later_files(node, seen, artifact)?;
         made.push(launches(
             &rendered,
             wanted::provider(&node.config).path(kind.qemu),
@@ -247,6 +248,27 @@ fn derive(
         bytes: added.text.clone().into_bytes(),
     }));
     Ok(made)
+}
+
+/// Files of the artifact that Kata reads after ours may not put another program in the launcher's place.
+fn later_files(node: &Node, seen: &SeenClass, artifact: &Artifact) -> Result<()> {
+    let drop_in = seen.additions.first().map_or("", |added| &added.text);
+    let later = |path: &str| path.starts_with("config.d/") && path > km_runtimeclasses::DROP_IN;
+    let refuse = |path: &str, problem: &str| {
+        let name = &seen.class.name;
+        Failure::refused(format!(
+            "{path} in the artifact of {name} {problem}: publish it without, or set launch.mode of {name} to \"none\""
+        ))
+    };
+    if let Some(link) = artifact.links.iter().find(|link| later(&link.path)) {
+        return Err(refuse(&link.path, "is a link, and Kata reads it after ours").into());
+    }
+    for file in artifact.files.iter().filter(|file| later(&file.path)) {
+        let text = read_own(node, artifact, &file.path)?;
+        km_runtimeclasses::check_own(&text, drop_in, true)
+            .map_err(|error| refuse(&file.path, &error.to_string()))?;
+    }
+    Ok(())
 }
 
 /// What the launcher must know of the generation that it is named in: the QEMU that its configuration means.

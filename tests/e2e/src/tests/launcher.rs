@@ -135,6 +135,17 @@ fn launched(sandbox: &Sandbox) -> Result<()> {
 
     own_settings(&node)?;
 
+    // Nor does an artifact put another program in the launcher's place.
+    fs::create_dir_all(folder.join("config.d"))?;
+    let later = "[hypervisor.qemu]\npath = \"/bin/true\"\n";
+    fs::write(folder.join("config.d/70-path.toml"), later)?;
+    node.push(&folder, "kata/guest-otherwise:v1")?;
+    let now = node.proxy.reference("kata/guest-confidential:v1");
+    let otherwise = node.proxy.reference("kata/guest-otherwise:v1");
+    node.reconfigure(&now, &otherwise)?;
+    node.refuses(&["apply"], 3, &["config.d/70-path.toml", "launch.mode"])?;
+    node.reconfigure(&otherwise, &now)?;
+
     // An upgrade moves the link; what is the old version's goes when nothing runs.
     let before = fs::canonicalize(LINK)?;
     let mut bytes = fs::read(&shim)?;
