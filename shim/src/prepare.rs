@@ -165,7 +165,10 @@ fn read(path: &Path) -> Result<String, PrepareError> {
         }
         Err(error) => return Err(Error::io("open", path)(error).into()),
     };
-    let mut text = String::new();
+    // All at once, where its size is told.
+    let size = file.metadata().map_or(0, |meta| meta.len());
+    let size = usize::try_from(size.min(bundle::LIMIT)).unwrap_or(0);
+    let mut text = String::with_capacity(size + 1);
     file.take(bundle::LIMIT + 1)
         .read_to_string(&mut text)
         .map_err(Error::io("read", path))?;
