@@ -15,6 +15,7 @@ test: lint unit cli e2e test-node-part
 
 lint:
 	cargo fmt --all --check
+	cargo fmt --manifest-path tests/e2e/inner-shim/Cargo.toml --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --locked --workspace --no-deps
 	hack/deny
@@ -70,7 +71,7 @@ node: build box
 
 # Device code on such nodes, one of each shape, and a whole node. FILTER=one-gpu runs a part, FILTER='--skip one-gpu' the rest.
 test-node: build box
-	KM_BIN=$(KM) cargo run --quiet --locked -p km-tests-e2e --bin km-test-node -- $(FILTER)
+	KM_BIN=$(KM) KM_SHIM=$(SHIM) cargo run --quiet --locked -p km-tests-e2e --bin km-test-node -- $(FILTER)
 
 # The part that "make test" has.
 test-node-part:
@@ -78,11 +79,12 @@ test-node-part:
 
 # The same on a kernel with iommufd, which is built first: six minutes on two idle cores, once. It needs gcc, flex, bison, bc and libelf-dev.
 test-node-iommufd: build box
-	KM_NODE_IOMMUFD=1 KM_BIN=$(KM) cargo run --quiet --locked -p km-tests-e2e --bin km-test-node
+	KM_NODE_IOMMUFD=1 KM_BIN=$(KM) KM_SHIM=$(SHIM) cargo run --quiet --locked -p km-tests-e2e --bin km-test-node
 
 .PHONY: box
-box:
+box: shim
 	cargo build --quiet --locked -p km-gpu-emulator -p km-kubelet-stand-in -p km-node-agent
+	CARGO_TARGET_DIR=$(TARGET) cargo build --quiet --locked --manifest-path tests/e2e/inner-shim/Cargo.toml --bin km-inner-shim
 
 clean:
 	cargo clean

@@ -111,21 +111,30 @@ impl Service {
                 socket,
             )
         };
-        let (code, said, to) = match agent::run(&socket, &command) {
-            Ok((said, code)) => (code, said, stdout),
-            Err(error) => (255, format!("{error:#}\n"), stderr),
+        let (code, said, failed) = match agent::run(&socket, &command) {
+            Ok((said, code)) => (code, said, String::new()),
+            Err(error) => (255, String::new(), format!("{error:#}\n")),
         };
-        if !to.is_empty() {
-            let written = File::options().write(true).open(&to);
-            let written = written.and_then(|mut fifo| fifo.write_all(said.as_bytes()));
-            if let Err(error) = written {
-                log::warn!("{to}: {error}");
+        // Both are opened, also for nothing: whoever reads one waits for its writer.
+        for (fifo, text) in [(stdout, said), (stderr, failed)] {
+            if let Err(error) = hand_on(&fifo, &text) {
+                log::warn!("{fifo}: {error}");
             }
         }
         if let Some(process) = self.pod().process_mut(id, exec) {
             process.end(code);
         }
         self.changed();
+    }
+}
+
+fn hand_on(fifo: &str, text: &str) -> std::io::Result<()> {
+    match fifo {
+        "" => Ok(()),
+        path => File::options()
+            .write(true)
+            .open(path)?
+            .write_all(text.as_bytes()),
     }
 }
 

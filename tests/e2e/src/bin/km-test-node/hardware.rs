@@ -14,7 +14,7 @@ use km_tests_e2e::wait;
 
 use crate::nested::Way;
 use crate::shown::Listed;
-use crate::{devices, doctor, nested, specs};
+use crate::{devices, doctor, nested, pods, specs};
 
 /// A boot of each shape.
 pub(crate) const TESTS: &[Test] = &[
@@ -38,6 +38,7 @@ pub(crate) fn boot(sandbox: &Sandbox, name: &str) -> Result<(Node, Vec<String>)>
     if let Ok(stand_in) = beside("kubelet-stand-in") {
         payload.program("kubelet-stand-in", &stand_in);
     }
+    pods::payload(&mut payload);
     let mut node = Node::boot(sandbox.parts(), &shape, &payload, &folder)?;
     node.step("the hardware is what the shape says", hardware)?;
     node.step("containerd answers", containerd)?;
@@ -54,18 +55,15 @@ fn common(sandbox: &Sandbox, node: &mut Node, names: &[String]) -> Result<()> {
     node.step("bind all", devices::bind_all)?;
     node.step("CDI specs follow", specs::follow)?;
     node.step("doctor sees what is bound", doctor::bound)?;
+    let ready = node.step("a pod's handler", |node| pods::prepare(sandbox, node))?;
+    node.step("a pod has all devices", |node| pods::has_all(node, &ready))?;
+    node.step("no handler any more", |node| pods::clean(node, ready))?;
     node.step("unbind and bind one", |node| devices::rebind(node, first))?;
     node.step("CDI specs are as before", specs::follow)?;
     node.step("a held group is refused", |node| {
         devices::held_group(node, first)
     })?;
     node.step("reset reaches the device", |node| reset(node, first))?;
-    node.step("a guest's files", |node| {
-        nested::prepare(node, sandbox.parts())
-    })?;
-    node.step("a guest sees the device", |node| {
-        nested::guest(node, Way::Group, first)
-    })?;
     node.step("remove and rescan", |node| remove_and_rescan(node, first))?;
     node.step("bind what came back", |node| {
         let address = node.address(first)?;
@@ -100,6 +98,7 @@ fn one_gpu(sandbox: &Sandbox) -> Result<()> {
     })?;
     common(sandbox, node, &names)?;
     node.step("a device of a virtual machine is refused", |node| {
+        nested::prepare(node, sandbox.parts())?;
         devices::bind_all(node)?;
         nested::held(node, Way::Group, first)?;
         devices::unbind_all(node)

@@ -14,6 +14,7 @@ mod hardware;
 mod iommufd;
 mod nested;
 mod plugin;
+mod pods;
 mod shown;
 mod specs;
 mod verity;

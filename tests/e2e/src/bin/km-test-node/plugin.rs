@@ -38,7 +38,7 @@ const IN_TIME: u64 = 2000;
 const LOG: &str = "/run/device-plugin.log";
 
 /// The stand-in reads from a pipe that is kept open, and answers into a file.
-const STAND_IN: &str = "mkfifo /run/kubelet.in; exec 3<>/run/kubelet.in; touch $READY; \
+pub(crate) const STAND_IN: &str = "test -p /run/kubelet.in || mkfifo /run/kubelet.in; exec 3<>/run/kubelet.in; touch $READY; \
     exec kubelet-stand-in /var/lib/kubelet <&3 >/run/kubelet.out";
 
 /// Gives a command to the stand-in and prints its answer: the line after those that are there.
@@ -106,7 +106,7 @@ impl Whole for Resource {
     }
 }
 
-fn ask(node: &mut Node, command: &Value) -> Result<Value> {
+pub(crate) fn ask(node: &mut Node, command: &Value) -> Result<Value> {
     let answer = node.shell(&format!("{ASK}ask '{command}'"))?;
     let mut answer: Value = serde_json::from_str(answer.trim()).with_context(|| answer.clone())?;
     let ok = answer.get_mut("ok").map(Value::take);
