@@ -34,6 +34,8 @@ pub(crate) struct Removed {
     pub(crate) cdi_specs: Vec<String>,
     /// Files with rules of `devices bind --persist` that are gone.
     pub(crate) udev_rules: Vec<String>,
+    /// Readiness files that `doctor --write-ready` wrote and that are gone.
+    pub(crate) readiness_files: Vec<String>,
     /// Programs of ours, with their links and settings, that are gone.
     pub(crate) programs: Vec<String>,
     /// What stays, and what still needs it.
@@ -112,6 +114,15 @@ pub(crate) fn udev_rules(node: &Node, removed: &mut Removed) -> Result<()> {
     if km_vfio::persist::remove(&node.root)? {
         removed.udev_rules.push(km_vfio::persist::RULES.to_owned());
     }
+    Ok(())
+}
+
+/// Removes what `doctor --write-ready` has told the GPU Operator: nobody keeps it true any more. The validator's own files stay.
+pub(crate) fn readiness_files(node: &Node, removed: &mut Removed) -> Result<()> {
+    let gone = km_doctor::ready::remove_ours(&node.root)?;
+    removed
+        .readiness_files
+        .extend(gone.iter().map(ToString::to_string));
     Ok(())
 }
 

@@ -22,6 +22,7 @@ pub(super) async fn run(global: &Global, arguments: &Arguments) -> Result<()> {
         // These need neither containerd nor the store.
         remove::cdi_specs(&node, &mut removed)?;
         remove::udev_rules(&node, &mut removed)?;
+        remove::readiness_files(&node, &mut removed)?;
         remove::programs(&node, &mut removed)?;
         let text = match removed == Removed::default() {
             true => "Nothing to do: nothing of kata-manager is on this node.\n".to_owned(),
@@ -35,6 +36,7 @@ pub(super) async fn run(global: &Global, arguments: &Arguments) -> Result<()> {
     remove::handlers(&node, &mut journal, &seen, arguments.force, &mut removed).await?;
     remove::cdi_specs(&node, &mut removed)?;
     remove::udev_rules(&node, &mut removed)?;
+    remove::readiness_files(&node, &mut removed)?;
     remove::programs(&node, &mut removed)?;
     remove::artifacts(&node, &journal, &mut removed)?;
     output::result(global.output, "Uninstalled", &removed, &text(&removed))
@@ -56,6 +58,7 @@ fn text(removed: &Removed) -> String {
     );
     say("CDI specs removed", &removed.cdi_specs);
     say("udev rules removed", &removed.udev_rules);
+    say("Readiness files removed", &removed.readiness_files);
     say("Programs removed", &removed.programs);
     if removed.held.is_empty() {
         out.push_str(

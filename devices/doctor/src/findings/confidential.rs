@@ -14,6 +14,8 @@ struct Tee<'a> {
     fix: [&'static str; 2],
 }
 
+/// Firmware's settings: those that the kernel names when the firmware has not done its part (Linux, drivers/crypto/ccp/sev-dev-tsm.c). The kernel: `sev_snp` of kvm_amd is there since Linux 6.11
+/// (arch/x86/kvm/svm/sev.c), and what its IOMMU must not be is in drivers/iommu/amd/init.c, `iommu_snp_enable`.
 pub(super) fn sev_snp(case: Case<'_>) -> Finding {
     tee(
         case,
@@ -24,13 +26,16 @@ pub(super) fn sev_snp(case: Case<'_>) -> Finding {
             classes: &case.wants.snp,
             parameter: &case.host.sev_snp,
             fix: [
-                "Firmware: switch on \"SMEE\", \"SEV-ES ASID Space Limit\" above 1, \"SNP Memory Coverage\" (RMP table), \"SEV-SNP Support\" and \"IOMMU\".",
-                "Use a kernel of 6.11 or later with CONFIG_KVM_AMD_SEV, and add kvm_amd.sev_snp=1 to its command line; iommu=pt and amd_iommu=off prevent it.",
+                "Firmware: switch on \"SMEE\", \"SEV-ES ASID Space Limit\" above 1, \"SNP Memory (RMP Table) Coverage\", \"SEV-SNP Support\" and \"IOMMU\".",
+                "Use a kernel of 6.11 or later with CONFIG_KVM_AMD_SEV, and add kvm_amd.sev_snp=1 to its command line; iommu=pt, amd_iommu=off and amd_iommu=pgtbl_v2 prevent it.",
             ],
         },
     )
 }
 
+/// Firmware's settings: Canonical's guide to TDX (canonical/tdx, README.md, "Enable Intel TDX in the Host's BIOS"), which has Intel's
+/// names. The kernel: `tdx` of kvm_intel is there since Linux 6.16, off unless told (arch/x86/kvm/vmx/tdx.c); its options are those of
+/// arch/x86/Kconfig and arch/x86/kvm/Kconfig.
 pub(super) fn tdx(case: Case<'_>) -> Finding {
     tee(
         case,
@@ -41,8 +46,8 @@ pub(super) fn tdx(case: Case<'_>) -> Finding {
             classes: &case.wants.tdx,
             parameter: &case.host.tdx,
             fix: [
-                "Firmware: switch on \"TME\", \"TME-MT\", \"TDX\", \"TDX SEAM Loader\" and \"SGX\".",
-                "Use a kernel of 6.16 or later with CONFIG_INTEL_TDX_HOST, and add kvm_intel.tdx=1 to its command line.",
+                "Firmware: switch on \"Total Memory Encryption (TME)\", \"Total Memory Encryption Multi-Tenant (TME-MT)\", \"Trust Domain Extension (TDX)\", \"TDX Secure Arbitration Mode Loader (SEAM Loader)\", a \"TME-MT/TDX key split\" above 0, and \"SW Guard Extensions (SGX)\".",
+                "Use a kernel of 6.16 or later with CONFIG_INTEL_TDX_HOST and CONFIG_KVM_INTEL_TDX, and add kvm_intel.tdx=1 to its command line.",
             ],
         },
     )

@@ -100,3 +100,44 @@ fn files_of_others_in_the_folder_stay() {
     ];
     assert_eq!(bring(&place), left);
 }
+
+#[test]
+fn an_uninstall_takes_ours_and_nothing_else() {
+    let place = plain(Place::good());
+    let root = Root::new(place.root()).unwrap();
+    assert_eq!(ready::remove_ours(&root).unwrap(), [], "nothing is there");
+    bring(&place);
+    let removed = ready::remove_ours(&root).unwrap();
+    let removed: Vec<String> = removed.iter().map(ToString::to_string).collect();
+    let all = ["workload-type", "vfio-pci-ready", "cc-manager-ready"];
+    assert_eq!(removed, all.map(|name| format!("{}/{name}", ready::DIR)));
+    let left = fs::read_dir(place.path(ready::DIR)).unwrap();
+    assert_eq!(left.count(), 0, "the operator's pods mount the folder");
+    assert!(!place.path("/run/kata-manager/validations").exists());
+    assert_eq!(ready::remove_ours(&root).unwrap(), [], "a second time");
+}
+
+#[test]
+fn an_uninstall_leaves_what_the_validator_wrote() {
+    let place = plain(Place::good());
+    let root = Root::new(place.root()).unwrap();
+    // One was there before us, with the same bytes; one is made anew after us, one written over.
+    place.file(&format!("{}/vfio-pci-ready", ready::DIR), "");
+    bring(&place);
+    let cc = place.path(ready::DIR).join("cc-manager-ready");
+    let again = place.path(ready::DIR).join("again");
+    fs::write(&again, "").unwrap();
+    fs::rename(&again, &cc).unwrap();
+    place.file(&format!("{}/workload-type", ready::DIR), "container\n");
+    assert_eq!(ready::remove_ours(&root).unwrap(), []);
+    let all = ["cc-manager-ready", "vfio-pci-ready", "workload-type"];
+    for name in all {
+        assert!(place.path(ready::DIR).join(name).exists(), "{name}");
+    }
+    // A record that says what it must not is no danger.
+    place.file(
+        "/run/kata-manager/validations",
+        "../../../etc/passwd 1\nno number\n\nworkload-type -1\n",
+    );
+    assert_eq!(ready::remove_ours(&root).unwrap(), []);
+}

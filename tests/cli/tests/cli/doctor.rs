@@ -56,4 +56,16 @@ fn readiness_is_told_and_taken_back() {
     let kind = std::fs::read_to_string(folder.join("workload-type")).unwrap();
     assert_eq!(kind, "vm-passthrough\n");
     assert!(folder.join("vfio-pci-ready").is_file());
+    // Others' files stay; after us nobody would keep ours true.
+    std::fs::write(folder.join("driver-ready"), "").unwrap();
+    std::fs::write(place.path().join("config.yaml"), GPU).unwrap();
+    let said = place.run(&["uninstall"]);
+    assert!(
+        said.stdout
+            .contains("Readiness files removed: /run/nvidia/validations/workload-type, "),
+        "{said}"
+    );
+    let left = std::fs::read_dir(&folder).unwrap();
+    let left: Vec<_> = left.map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left, ["driver-ready"]);
 }
