@@ -42,6 +42,18 @@ fuzz:
 faults: build
 	KM_BIN=$(KM) KM_FAULT_SEED=$(or $(SEED),$(shell date +%s)) KM_FAULT_KILLS=1000 KM_FAULT_ROUNDS=3 cargo run --quiet --locked -p km-tests-e2e --bin km-tests-e2e -- faults::
 
+# The device plugin through ten thousand starts of the kubelet, some minutes: nothing may be left of them. "make e2e" has a hundred.
+.PHONY: reconnects
+reconnects: build
+	cargo build --quiet --locked -p km-kubelet-stand-in
+	KM_BIN=$(KM) KM_PLUGIN_RECONNECTS=10000 cargo run --quiet --locked -p km-tests-e2e --bin km-tests-e2e -- plugin::nothing_is_left_of_reconnects
+
+# CDI's own library for Rust judges our specs, in a workspace of its own. Not in "make test": the library brings 180 crates, with a TLS
+# library in C among them, which take minutes to build.
+.PHONY: oracle
+oracle:
+	CARGO_TARGET_DIR=$(TARGET) cargo test --quiet --locked --manifest-path tests/cdi-oracle/Cargo.toml
+
 # One static program: it runs on any Linux of this architecture, and from an empty container image. Its random numbers come from the
 # kernel alone: aws-lc would otherwise gather timing noise of its own first, which takes longer than everything else that a run
 # does that finds nothing to do.

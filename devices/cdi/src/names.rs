@@ -126,6 +126,34 @@ pub fn device(text: &str) -> Result<(), &'static str> {
     }
 }
 
+/// Whether CDI takes a text as an annotation's key: a qualified name of Kubernetes, in whatever case (CDI's validation of annotations;
+/// Kubernetes, "Annotations", "Syntax and character set"): 63 letters, digits, `-`, `_` and `.`, a letter or digit at both ends, after a
+/// DNS subdomain and `/` or alone.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn annotation(text: &str) -> Result<(), &'static str> {
+    let text = text.to_lowercase();
+    let (prefix, name) = match text.split_once('/') {
+        Some((prefix, name)) => (Some(prefix), name),
+        None => (None, text.as_str()),
+    };
+    let label = |text: &str, more: &str| {
+        let good = |char: char| char.is_ascii_alphanumeric() || more.contains(char);
+        let edge = |char: char| char.is_ascii_alphanumeric();
+        text.starts_with(edge) && text.ends_with(edge) && text.chars().all(good)
+    };
+    if prefix
+        .is_some_and(|prefix| prefix.len() > 253 || !prefix.split('.').all(|part| label(part, "-")))
+    {
+        return Err("has no DNS subdomain before the slash");
+    }
+    if name.len() > LONGEST || !label(name, "-_.") {
+        return Err("is no qualified name");
+    }
+    Ok(())
+}
+
 fn rest(text: &str, more: &str) -> Result<(), &'static str> {
     if !text.ends_with(|last: char| last.is_ascii_alphanumeric()) {
         return Err("does not end with a letter or digit");
@@ -168,6 +196,22 @@ mod tests {
         assert_eq!(of(Some("3D thing")), "PCI_3D_THING");
         assert_eq!(of(Some("_x_")), "X");
         assert_eq!(of(Some(&"y ".repeat(100))).len(), LONGEST);
+    }
+
+    #[test]
+    fn annotations_are_qualified_names() {
+        let long = "a".repeat(63);
+        for good in ["a", "A.b_c-9", "vendor.com/a", "Vendor.COM/A", &long] {
+            assert_eq!(annotation(good), Ok(()), "{good:?}");
+        }
+        let longer = "a".repeat(64);
+        let deep = format!("{}/a", "a.".repeat(127) + "ab");
+        for bad in [
+            "", "/", "/a", "a/", "a/b/c", "a b", "-a", "a_", "v_/a", "v..com/a", "\u{e4}", &longer,
+            &deep,
+        ] {
+            assert!(annotation(bad).is_err(), "{bad:?}");
+        }
     }
 
     #[test]

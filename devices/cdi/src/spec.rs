@@ -386,13 +386,13 @@ fn annotations(
     let mut total = 0;
     for (key, value) in annotations.into_iter().flatten() {
         total += key.len() + value.len();
-        let name = key.rsplit_once('/').map_or(key.as_str(), |(_, name)| name);
-        if name.is_empty() || name.len() > 63 {
-            return Err(invalid(
+        names::annotation(key).map_err(|problem| {
+            let key: String = key.chars().take(100).collect();
+            invalid(
                 place,
-                format!("has an annotation whose key {key:?} is no name"),
-            ));
-        }
+                format!("has an annotation whose key {key:?} {problem}"),
+            )
+        })?;
     }
     match total > 256 << 10 {
         true => Err(invalid(
