@@ -20,7 +20,7 @@ pub(super) struct Arguments {
     )]
     kubelet_dir: HostPath,
     /// How often known devices are looked at, in milliseconds: no event tells that one has fallen off the bus.
-    #[arg(long, env = "KATA_MANAGER_PROBE_INTERVAL", value_name = "MS", default_value_t = 1100,
+    #[arg(long, env = "KATA_MANAGER_PROBE_INTERVAL", value_name = "MS", default_value_t = 1250,
         value_parser = clap::value_parser!(u64).range(100..))]
     probe_interval: u64,
     /// How often the whole bus is read when nothing is seen to change, in seconds.

@@ -1,8 +1,8 @@
 //! Watches the devices, on a thread of its own: a read of a device's configuration space waits in the kernel while the device is reset,
 //! and the kubelet's questions must not wait with it.
 //!
-//! The thread sleeps until the kernel tells of a device, a VFIO node comes or goes, or the time for a probe has come. A probe is a few
-//! small reads for each known device, as not everything is told: no event says that a device has fallen off the bus. Only when a
+//! The thread sleeps until the kernel tells of a device, a VFIO node comes or goes, or the time for a probe has come: nothing else wakes
+//! it, and nothing else in this crate has a timer while the kubelet is content. A probe is a few small reads for each known device, as not everything is told: no event says that a device has fallen off the bus. Only when a
 //! probe sees that functions, drivers or nodes are others than before, or after a long time, the whole bus is read anew. When it was,
 //! the CDI specs are brought up to date before anything is published.
 
@@ -140,6 +140,7 @@ impl Eyes {
         let inventory = Inventory::observe(root)?;
         let found = devices::find(&inventory, &self.watched.naming, backend);
         self.tracker.learn(&inventory, &found);
+        self.say_left_out(&found);
         self.cdi &= self.found == found;
         self.found = found;
         let functions = inventory.functions.into_iter();
@@ -148,6 +149,21 @@ impl Eyes {
         self.swept = Instant::now();
         self.watch_nodes();
         Ok(())
+    }
+
+    /// Says of each GPU and NVSwitch that the kubelet is not told of why it is not, when that is new.
+    fn say_left_out(&self, found: &Found) {
+        let news = found.left_out.iter().filter(|left| {
+            !self.tracker.knows(left.address) && !self.found.left_out.contains(left)
+        });
+        for left in news {
+            tracing::warn!(
+                "{} {} is not offered: {}",
+                left.address,
+                left.model,
+                left.reason
+            );
+        }
     }
 
     /// Watches the folders of VFIO's nodes; they may come later. To add one again changes nothing.

@@ -72,6 +72,11 @@ impl Tracker {
         });
     }
 
+    /// Whether a device of this name was ever found.
+    pub(crate) fn knows(&self, id: Address) -> bool {
+        self.known.contains_key(&id)
+    }
+
     /// The functions to look at.
     pub(crate) fn functions(&self) -> BTreeSet<Address> {
         let all = self.known.values();

@@ -38,6 +38,7 @@ pub struct Device {
 
 /// A resource as the kubelet knows it.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Resource {
     /// The name of the plugin's socket.
     pub endpoint: String,
@@ -49,6 +50,8 @@ pub struct Resource {
     pub connected: bool,
     /// How many lists it sent.
     pub lists: u64,
+    /// When the last one came, in milliseconds since 1970.
+    pub listed_at: u64,
     /// The last list.
     pub devices: Vec<Device>,
     /// What went wrong.

@@ -201,3 +201,18 @@ pub fn tail(log: &Path, lines: usize) -> String {
         Err(error) => format!("({}: {error})", log.display()),
     }
 }
+
+/// A measure of a process's memory in bytes, such as `VmRSS` (proc(5), `/proc/<pid>/status`).
+///
+/// # Errors
+/// When the process is gone, or the kernel does not tell this one.
+pub fn memory(pid: u32, measure: &str) -> Result<u64> {
+    let path = format!("/proc/{pid}/status");
+    let status = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
+    let told = status.lines().find_map(|line| {
+        let kib = line.strip_prefix(measure)?.strip_prefix(':')?;
+        kib.trim().strip_suffix(" kB")?.parse::<u64>().ok()
+    });
+    let kib = told.with_context(|| format!("{path} has no {measure}"))?;
+    Ok(kib << 10)
+}

@@ -2,10 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 /// Time between two looks: short beside what is waited for, long enough to leave the processors alone.
 const INTERVAL: Duration = Duration::from_millis(20);
+
+/// How often something may come late before that is a failure: a busy machine keeps everybody waiting, but not each time.
+const TRIES: usize = 3;
 
 /// Calls `probe` until it succeeds.
 ///
@@ -39,4 +42,25 @@ pub fn until_true(
         anyhow::ensure!(condition(), "not yet");
         Ok(())
     })
+}
+
+/// Does something that must take less than `limit`; again, up to three times in all, when it was late. It tells how long it took,
+/// and brings its own deadline for never ending.
+///
+/// # Errors
+/// When it fails, or is late each time.
+pub fn in_time(
+    what: &str,
+    limit: Duration,
+    mut once: impl FnMut() -> Result<Duration>,
+) -> Result<()> {
+    let mut late = Vec::new();
+    for _ in 0..TRIES {
+        let took = once().with_context(|| what.to_owned())?;
+        if took < limit {
+            return Ok(());
+        }
+        late.push(took);
+    }
+    bail!("{what} must take less than {limit:?}; it took {late:?}")
 }

@@ -261,6 +261,20 @@ impl Machine {
         self
     }
 
+    /// Writes plain files in the place of VFIO's nodes below a folder: for programs that look whether they are there, and open none.
+    ///
+    /// # Panics
+    /// When one cannot be written.
+    pub fn write_nodes(&self, root: &Path) {
+        let nodes = root.join("dev/vfio");
+        fs::create_dir_all(&nodes).unwrap();
+        fs::write(nodes.join("vfio"), "").unwrap();
+        let bound = self.devices.iter().filter(|device| device.vfio.is_some());
+        for group in bound.filter_map(|device| device.group) {
+            fs::write(nodes.join(group.to_string()), "").unwrap();
+        }
+    }
+
     /// Writes the machine below a folder.
     ///
     /// # Panics

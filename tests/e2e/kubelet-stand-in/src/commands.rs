@@ -219,6 +219,7 @@ impl Player {
                 "prefers": one.prefers,
                 "connected": one.connected,
                 "lists": one.lists,
+                "listedAt": one.listed_at,
                 "devices": one.devices,
                 "problem": one.problem,
             });

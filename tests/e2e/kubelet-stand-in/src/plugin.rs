@@ -1,7 +1,7 @@
 //! The kubelet's side of a plugin: connects to its socket, asks for its options, follows its lists.
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use hyper_util::rt::TokioIo;
 use km_plugin::api;
@@ -71,9 +71,16 @@ async fn lists(
         shared.resource(resource, serial, |one| {
             one.devices = devices;
             one.lists += 1;
+            one.listed_at = now();
         });
     }
     Err("the plugin has ended its list".to_owned())
+}
+
+/// Milliseconds since 1970.
+fn now() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    u64::try_from(since.unwrap_or_default().as_millis()).unwrap_or(u64::MAX)
 }
 
 fn device(listed: api::Device) -> Device {

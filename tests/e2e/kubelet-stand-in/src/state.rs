@@ -28,6 +28,8 @@ pub(crate) struct Resource {
     pub(crate) devices: Vec<Device>,
     /// How many lists came since this kubelet started.
     pub(crate) lists: u64,
+    /// When the last one came, in milliseconds since 1970.
+    pub(crate) listed_at: u64,
     /// Whether a stream of lists is open.
     pub(crate) connected: bool,
     /// What went wrong last.

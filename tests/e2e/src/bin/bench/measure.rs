@@ -8,6 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use km_tests_e2e::process::memory;
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, waitid};
 
 /// The unit of processor time in /proc (proc(5)): USER_HZ, which is 100 on every architecture but alpha.
@@ -98,9 +99,10 @@ fn watch(child: &Child) -> Result<f64> {
     let ended = AtomicBool::new(false);
     thread::scope(|scope| {
         let sampler = scope.spawn(|| {
-            let (mut peak, started) = (0.0, Instant::now());
+            let (mut peak, started) = (0, Instant::now());
             while !ended.load(Ordering::Relaxed) {
-                peak = resident_peak(id).unwrap_or(0.0).max(peak);
+                // Nothing when the process is gone.
+                peak = memory(id, "VmHWM").unwrap_or(0).max(peak);
                 if started.elapsed() > DEADLINE {
                     // It may have ended this moment.
                     let _ended = rustix::process::kill_process(pid, Signal::KILL);
@@ -123,18 +125,8 @@ fn watch(child: &Child) -> Result<f64> {
             bail!("the thread that watches memory panicked");
         };
         waited.context("wait for a program")?;
-        Ok(peak)
+        Ok(peak as f64)
     })
-}
-
-/// proc(5), `VmHWM`; nothing when the process is gone.
-fn resident_peak(pid: u32) -> Option<f64> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmHWM:"))?;
-    let kib: f64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
-    Some(kib * 1024.0)
 }
 
 /// Processor time of a process and all its threads in seconds; also of one that has ended and was not waited for.

@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use km_tests_e2e::km::Km;
 use km_tests_e2e::kubelet::Kubelet;
-use km_tests_e2e::process::Daemon;
+use km_tests_e2e::process::{Daemon, memory};
 use km_tests_e2e::sandbox::Sandbox;
 use km_tests_e2e::wait;
-use km_tests_sysfs::{Machine, shapes};
+use km_tests_sysfs::shapes;
 use serde_json::json;
 
 use crate::table::{Figure, Table, Unit, say};
@@ -21,7 +21,9 @@ const GPUS: &str = "nvidia.com/pgpu";
 const FOREIGN: u32 = 300;
 
 /// How long nothing happens.
-const IDLE: Duration = Duration::from_secs(30);
+const IDLE: Duration = Duration::from_secs(60);
+
+const MEBIBYTE: f64 = (1 << 20) as f64;
 
 /// How many allocations are timed.
 const CALLS: u32 = 10_000;
@@ -34,7 +36,8 @@ const NAMES: &str = "/usr/share/misc/pci.ids";
 /// # Errors
 /// When a program fails; a figure that is missed is none.
 pub(crate) fn measure(sandbox: &Sandbox) -> Result<Table> {
-    let folder = sandbox.folder("plugin")?;
+    // In memory, as sysfs is: waiting for a disk would count as waking up.
+    let folder = sandbox.small_disk("plugin", 64)?;
     write(&folder)?;
     let kubelet_dir = folder.join("var/lib/kubelet");
     let mut kubelet = Kubelet::new(&kubelet_dir, &folder.join("kubelet.log"))?;
@@ -55,15 +58,15 @@ pub(crate) fn measure(sandbox: &Sandbox) -> Result<Table> {
     std::thread::sleep(IDLE);
     let wakeups = switches(pid)? - before;
     let wakeups = wakeups as f64 / started.elapsed().as_secs_f64();
-    let (resident, peak) = (kibibytes(pid, "VmRSS:")?, kibibytes(pid, "VmHWM:")?);
+    let (resident, peak) = (memory(pid, "VmRSS")? as f64, memory(pid, "VmHWM")? as f64);
     let rate = json!({ "rate": { "resource": GPUS, "ids": [id], "calls": CALLS } });
     let rate = kubelet.ask_for(&rate, Duration::from_secs(120))?;
     let rate = rate.as_f64().context("a rate is a number")?;
     say(&format!(
         "16 devices among {FOREIGN} functions of others. Resident: {:.1} MiB, at most {:.1} MiB; the daemon that it replaces (NVIDIA's Sandbox \
          Device Plugin) has 41 MiB. {wakeups:.2} wake-ups a second in {} s. {rate:.0} Allocate calls a second, one after the other.",
-        resident / 1024.0,
-        peak / 1024.0,
+        resident / MEBIBYTE,
+        peak / MEBIBYTE,
         IDLE.as_secs()
     ));
     let mut table = Table::default();
@@ -76,13 +79,13 @@ pub(crate) fn measure(sandbox: &Sandbox) -> Result<Table> {
             measured,
         });
     };
-    let mebibytes = |count: u32| f64::from(count << 20);
+    let mebibytes = |count: u32| f64::from(count) * MEBIBYTE;
     add(
         "device plugin, 16 devices, RSS",
         Unit::Mebibytes,
         mebibytes(12),
         mebibytes(10),
-        resident * 1024.0,
+        resident,
     );
     add(
         "the same, wake-ups a second while idle",
@@ -112,19 +115,8 @@ fn write(folder: &Path) -> Result<()> {
     for (number, device) in (100..).zip(unbound) {
         *device = device.clone().vfio(number);
     }
-    Machine::write(&machine, folder);
-    let nodes = folder.join("dev/vfio");
-    fs::create_dir_all(&nodes)?;
-    fs::write(nodes.join("vfio"), "")?;
-    for device in machine
-        .devices
-        .iter()
-        .filter(|device| device.vfio.is_some())
-    {
-        if let Some(group) = device.group {
-            fs::write(nodes.join(group.to_string()), "")?;
-        }
-    }
+    machine.write(folder);
+    machine.write_nodes(folder);
     if Path::new(NAMES).exists() {
         let copy = folder.join(NAMES.trim_start_matches('/'));
         fs::create_dir_all(copy.parent().context("it has a folder")?)?;
@@ -147,12 +139,4 @@ fn switches(pid: u32) -> Result<u64> {
         }
     }
     Ok(sum)
-}
-
-/// A line of a process's status in /proc (proc(5)), which is in KiB.
-pub(crate) fn kibibytes(pid: u32, name: &str) -> Result<f64> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let line = status.lines().find_map(|line| line.strip_prefix(name));
-    let count = line.and_then(|line| line.trim().strip_suffix(" kB"));
-    Ok(count.with_context(|| name.to_owned())?.trim().parse()?)
 }

@@ -14,13 +14,13 @@ use anyhow::{Context as _, Result, ensure};
 use km_podresources::Client;
 use km_tests_e2e::km::Km;
 use km_tests_e2e::kubelet::Kubelet;
+use km_tests_e2e::process::memory;
 use km_tests_e2e::sandbox::Sandbox;
 use km_tests_e2e::wait;
 use km_tests_sysfs::{Machine, shapes};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
-use crate::plugin::kibibytes;
 use crate::table::{Figure, Table, Unit, say};
 
 /// The program, as the build names it.
@@ -360,12 +360,12 @@ fn resident(root: &Path) -> Result<()> {
         found.first().copied().context("it does not run")
     })?;
     std::thread::sleep(Duration::from_secs(1));
-    let memory = kibibytes(pid, "VmRSS:")?;
+    let resident = memory(pid, "VmRSS")? as f64;
     let raw = i32::try_from(pid).ok().and_then(Pid::from_raw);
     kill_process(raw.context("a process's number")?, Signal::KILL)?;
     say(&format!(
         "For comparison: the least shim of the containerd-shim crate, which stays as a proxy would, has {:.1} MiB resident for each pod.",
-        memory / 1024.0
+        resident / f64::from(1 << 20)
     ));
     Ok(())
 }

@@ -14,7 +14,7 @@ use km_tests_e2e::wait;
 
 use crate::nested::Way;
 use crate::shown::Listed;
-use crate::{devices, doctor, nested, pods, specs};
+use crate::{devices, doctor, nested, plugin, pods, specs};
 
 /// A boot of each shape.
 pub(crate) const TESTS: &[Test] = &[
@@ -34,10 +34,7 @@ pub(crate) fn boot(sandbox: &Sandbox, name: &str) -> Result<(Node, Vec<String>)>
     let folder = sandbox.folder(name)?;
     let mut payload = Payload::new()?;
     payload.kata_manager()?;
-    // Tests that need it say that it is not there.
-    if let Ok(stand_in) = beside("kubelet-stand-in") {
-        payload.program("kubelet-stand-in", &stand_in);
-    }
+    payload.program("kubelet-stand-in", &beside("kubelet-stand-in")?);
     pods::payload(&mut payload);
     let mut node = Node::boot(sandbox.parts(), &shape, &payload, &folder)?;
     node.step("the hardware is what the shape says", hardware)?;
@@ -60,6 +57,7 @@ fn common(sandbox: &Sandbox, node: &mut Node, names: &[String]) -> Result<()> {
     node.step("no handler any more", |node| pods::clean(node, ready))?;
     node.step("unbind and bind one", |node| devices::rebind(node, first))?;
     node.step("CDI specs are as before", specs::follow)?;
+    node.step("the device plugin", |node| plugin::works(node, first))?;
     node.step("a held group is refused", |node| {
         devices::held_group(node, first)
     })?;
@@ -127,6 +125,7 @@ fn no_iommu(sandbox: &Sandbox) -> Result<()> {
     let (mut node, names) = boot(sandbox, "no-iommu")?;
     let first = &names[0];
     node.step("bind is refused", devices::no_iommu)?;
+    node.step("the device plugin has nothing", plugin::has_nothing)?;
     node.step("reset reaches the device", |node| reset(node, first))?;
     node.step("remove and rescan", |node| remove_and_rescan(node, first))
 }

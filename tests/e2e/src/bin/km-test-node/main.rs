@@ -51,11 +51,7 @@ fn main() -> Result<ExitCode> {
     arguments.test_threads.get_or_insert(2);
     let subjects: &[(&str, &[suite::Test])] = match iommufd {
         true => &[("shapes", iommufd::TESTS)],
-        false => &[
-            ("shapes", hardware::TESTS),
-            ("node", containerd::TESTS),
-            ("plugin", plugin::TESTS),
-        ],
+        false => &[("shapes", hardware::TESTS), ("node", containerd::TESTS)],
     };
     let all = subjects
         .iter()

@@ -22,7 +22,7 @@ pub(crate) struct Device {
     vendor: String,
     device: String,
     class: String,
-    name: Option<String>,
+    pub(crate) name: Option<String>,
     pub(crate) driver: Option<String>,
     pub(crate) driver_override: Option<String>,
     pub(crate) iommu_group: Option<u32>,
