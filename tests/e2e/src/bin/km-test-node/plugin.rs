@@ -32,7 +32,7 @@ const BUSY: Duration = Duration::from_secs(1);
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The stand-in reads from a pipe that is kept open, and answers into a file.
-pub(crate) const STAND_IN: &str = "test -p /run/kubelet.in || mkfifo /run/kubelet.in; exec 3<>/run/kubelet.in; touch $READY; \
+pub(crate) const STAND_IN: &str = "test -p /run/kubelet.in || mkfifo /run/kubelet.in; exec 3<>/run/kubelet.in; : >/run/kubelet.out; touch $READY; \
     exec kubelet-stand-in /var/lib/kubelet <&3 >/run/kubelet.out";
 
 /// Gives a command to the stand-in and prints its answer: the line after those that are there.
