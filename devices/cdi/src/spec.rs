@@ -265,6 +265,12 @@ impl Spec {
             }
             device.container_edits.check(&place)?;
         }
+        if version >= (1, 1, 0) && self.uses_old_monitoring() {
+            return Err(invalid(
+                "intelRdt",
+                "has enableCMT or enableMBM, which 1.1.0 has no more".to_owned(),
+            ));
+        }
         let (needed, why) = self.needs();
         if version < needed {
             let (major, minor, patch) = needed;
@@ -277,6 +283,15 @@ impl Spec {
             ));
         }
         Ok(())
+    }
+
+    /// Whether it has the settings of Intel RDT whose place `enableMonitoring` took (CDI, SPEC.md, "Released versions", 1.1.0).
+    fn uses_old_monitoring(&self) -> bool {
+        let devices = self.devices.iter().map(|device| &device.container_edits);
+        let mut settings = devices
+            .chain(&self.container_edits)
+            .filter_map(|edits| edits.intel_rdt.as_ref());
+        settings.any(|rdt| rdt.enable_cmt.is_some() || rdt.enable_mbm.is_some())
     }
 
     fn version(&self) -> Result<Version, SpecError> {
@@ -465,6 +480,14 @@ impl Edits {
             |device: &NetDevice| device.host_interface_name.is_empty() || device.name.is_empty();
         if self.net_devices.iter().flatten().any(nameless) {
             return fail("has a network device without a name".to_owned());
+        }
+        let twice = |name: fn(&NetDevice) -> &str| {
+            let mut seen = BTreeSet::new();
+            let mut devices = self.net_devices.iter().flatten();
+            devices.any(|device| !seen.insert(name(device)))
+        };
+        if twice(|device| &device.host_interface_name) || twice(|device| &device.name) {
+            return fail("has two network devices of one name".to_owned());
         }
         // Linux, Documentation/arch/x86/resctrl.rst: the ID is a folder's name.
         let clos = self

@@ -124,6 +124,15 @@ fn what_cdi_refuses_is_refused() {
         problem("cdiVersion: 0.5.0\nkind: a/b\ndevices: [{name: a, containerEdits: {}}]\n")
             .contains("changes nothing")
     );
+    let with = |edits: &str| {
+        problem(&format!(
+            "cdiVersion: 1.1.0\nkind: a/b\ndevices: [{{name: a, containerEdits: {{{edits}}}}}]\n"
+        ))
+    };
+    let one = "{hostInterfaceName: a, name: b}";
+    let other = "{hostInterfaceName: c, name: b}";
+    assert!(with(&format!("netDevices: [{one}, {other}]")).contains("of one name"));
+    assert!(with("intelRdt: {enableMBM: true}").contains("no more"));
 }
 
 #[test]
