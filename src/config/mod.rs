@@ -1,7 +1,7 @@
 //! The configuration file: NVIDIA Kata Manager's `config.yaml`, with keys of ours beside its own.
 //!
 //! Each part of the file has a module of its own with its structs and defaults; the JSON Schema that `config schema` prints comes from
-//! the same structs. [`parse`] reads a text and is pure; [`load`] reads a file.
+//! the same structs. [`parse()`] reads a text and is pure; [`load()`] reads a file.
 
 mod check;
 mod class;
