@@ -16,6 +16,7 @@ test: lint unit cli e2e test-node-part
 lint:
 	cargo fmt --all --check
 	cargo fmt --manifest-path tests/e2e/inner-shim/Cargo.toml --check
+	cargo fmt --manifest-path tests/cdi-oracle/Cargo.toml --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --locked --workspace --no-deps
 	hack/deny
@@ -48,7 +49,7 @@ reconnects: build
 	cargo build --quiet --locked -p km-kubelet-stand-in
 	KM_BIN=$(KM) KM_PLUGIN_RECONNECTS=10000 cargo run --quiet --locked -p km-tests-e2e --bin km-tests-e2e -- plugin::nothing_is_left_of_reconnects
 
-# CDI's own library for Rust judges our specs, in a workspace of its own. Not in "make test": the library brings 180 crates, with a TLS
+# CDI's own library for Rust judges our specs, in a workspace of its own. Not in "make test", but in .ci/run: the library brings 180 crates, with a TLS
 # library in C among them, which take minutes to build.
 .PHONY: oracle
 oracle:
