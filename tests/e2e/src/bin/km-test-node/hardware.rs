@@ -53,7 +53,7 @@ fn common(sandbox: &Sandbox, node: &mut Node, names: &[String]) -> Result<()> {
     node.step("CDI specs follow", specs::follow)?;
     node.step("doctor sees what is bound", doctor::bound)?;
     let ready = node.step("a pod's handler", |node| pods::prepare(sandbox, node))?;
-    node.step("a pod has all devices", |node| pods::has_all(node, &ready))?;
+    node.step_alone("a pod has all devices", |node| pods::has_all(node, &ready))?;
     node.step("no handler any more", |node| pods::clean(node, ready))?;
     node.step("unbind and bind one", |node| devices::rebind(node, first))?;
     node.step("CDI specs are as before", specs::follow)?;

@@ -24,7 +24,7 @@ fn iommufd(sandbox: &Sandbox) -> Result<()> {
     node.step("a device of a virtual machine is refused", |node| {
         nested::held(node, Way::Iommufd, first)
     })?;
-    node.step("a guest sees the device", |node| {
+    node.step_alone("a guest sees the device", |node| {
         nested::guest(node, Way::Iommufd, first)
     })?;
     node.step("unbind all", devices::unbind_all)?;

@@ -1,7 +1,6 @@
 //! A virtual machine inside the node takes the device through VFIO, as Kata's would, and gives it back.
 
 use std::fs;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -127,18 +126,9 @@ pub(crate) fn guest(node: &mut Node, way: Way, name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Guests of two nodes at the same time hang about one time in eight, one alone hardly ever: so one boots at a time.
-pub(crate) static ALONE: Mutex<()> = Mutex::new(());
-
-/// Waits until no other guest runs, and keeps others from starting.
-pub(crate) fn alone(lock: &Mutex<()>) -> MutexGuard<'_, ()> {
-    lock.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Boots the guest. About one in forty of these boots stops early, without a word on the console: a guest in a guest of a
+/// Boots the guest, which the caller does alone. About one in forty of these boots stops early, without a word on the console: a guest in a guest of a
 /// software processor. Such a one, and no other, is tried once more, and the output says so.
 fn boot(node: &mut Node, way: Way, address: &str) -> Result<Finished> {
-    let _alone = alone(&ALONE);
     let qemu = qemu(way, address);
     let seconds = GUEST.as_secs().to_string();
     let mut words = vec!["/usr/bin/timeout", "--kill-after=20", &seconds];
