@@ -192,14 +192,46 @@ pub(crate) fn has_all(node: &mut Node, ready: &Ready) -> Result<()> {
         .map(|device| format!("nvidia.com/{}={}", device.class(), device.address))
         .collect();
     claim(node, "all", &names)?;
-    let pod = started(node, ready)?;
-    pause_spec(node, &pod, &listed)?;
-    let seen = functions(ready, &pod).map_err(|error| with_console(node, &pod, error))?;
-    is_the_plan(node, &listed, &seen)?;
-    held(node, ready, &names)?;
+    for (retries, patience) in GUEST.into_iter().enumerate() {
+        let command = &["/bin/sleep", "100000"];
+        let pod = ready
+            .cri
+            .run_pod_named(HANDLER, "all", images::BUSYBOX, command)?;
+        match lives(node, ready, &pod, &listed, &names, patience) {
+            Ok(()) => {
+                node.note(&format!("the pod's guest answered, retries: {retries}"));
+                return ends(node, ready, &pod);
+            }
+            Err(error) if retries == 0 && error.is::<Hung>() => {
+                ready.cri.remove_sandbox(&pod.sandbox)?;
+            }
+            Err(error) => return Err(with_console(node, &pod, error)),
+        }
+    }
+    bail!("the pod's guest hung twice")
+}
+
+/// A pod and its guest, before and after a restart of containerd.
+fn lives(
+    node: &mut Node,
+    ready: &Ready,
+    pod: &Pod,
+    listed: &Listed,
+    names: &[String],
+    patience: Duration,
+) -> Result<()> {
+    pause_spec(node, pod, listed)?;
+    let seen = functions(ready, pod, patience)?;
+    is_the_plan(node, listed, &seen)?;
+    held(node, ready, names)?;
     restart(node, &ready.cri)?;
-    let again = functions(ready, &pod).context("after a restart of containerd")?;
+    let again = functions(ready, pod, patience).context("after a restart of containerd")?;
     ensure!(again == seen, "after a restart: {again:?}");
+    Ok(())
+}
+
+/// Nothing of a pod is left when it is removed.
+fn ends(node: &mut Node, ready: &Ready, pod: &Pod) -> Result<()> {
     ready.cri.remove_sandbox(&pod.sandbox)?;
     let listed = Listed::of(node)?;
     for device in &listed.devices {
@@ -210,28 +242,14 @@ pub(crate) fn has_all(node: &mut Node, ready: &Ready) -> Result<()> {
     Ok(())
 }
 
-/// The pod, when its guest answers. As in [`nested`], a guest that says nothing is tried once more, and the output says so.
-fn started(node: &mut Node, ready: &Ready) -> Result<Pod> {
-    for (retries, patience) in GUEST.into_iter().enumerate() {
-        let command = &["/bin/sleep", "100000"];
-        let pod = ready
-            .cri
-            .run_pod_named(HANDLER, "all", images::BUSYBOX, command)?;
-        let answer = wait::until("the guest's agent", patience, || {
-            let said = ready.cri.exec_within(&pod.container, &["/bin/true"], 120)?;
-            ensure!(said.code == 0, "{said:?}");
-            Ok(())
-        });
-        match answer {
-            Ok(()) => {
-                node.note(&format!("pod's guest booted, retries: {retries}"));
-                return Ok(pod);
-            }
-            Err(_) if retries == 0 => ready.cri.remove_sandbox(&pod.sandbox)?,
-            Err(error) => return Err(with_console(node, &pod, error)),
-        }
+/// The guest says nothing, or no more. As in [`nested`], such a one, and no other, is tried once more, and the output says so.
+#[derive(Debug)]
+struct Hung;
+
+impl std::fmt::Display for Hung {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("the pod's guest does not answer")
     }
-    bail!("the pod's guest hung twice")
 }
 
 fn claim(node: &mut Node, pod: &str, names: &[String]) -> Result<Value> {
@@ -273,14 +291,17 @@ fn pause_spec(node: &mut Node, pod: &Pod, listed: &Listed) -> Result<()> {
 /// The guest's functions behind ports: the bus that each is on, and what it is.
 type Seen = BTreeMap<u64, String>;
 
-fn functions(ready: &Ready, pod: &Pod) -> Result<Seen> {
-    let said = wait::until("the guest's agent", GUEST[1], || {
-        let said = ready
-            .cri
-            .exec_within(&pod.container, &["/bin/functions"], 120)?;
+fn functions(ready: &Ready, pod: &Pod, patience: Duration) -> Result<Seen> {
+    let command = &["/bin/functions"];
+    let said = wait::until("the guest's agent", patience, || {
+        let said =
+            ready
+                .cri
+                .exec_within(&pod.container, command, patience.as_secs().cast_signed())?;
         ensure!(said.code == 0, "{said:?}");
         Ok(said.stdout)
-    })?;
+    })
+    .context(Hung)?;
     ensure!(said.contains("these are all"), "it said {said}");
     let mut seen = Seen::new();
     for line in said.lines() {
