@@ -28,7 +28,7 @@ pub fn cannot_run(reason: impl Into<String>) -> anyhow::Error {
 /// Makes a trial named `subject::name`. `sandbox` is why there is none, on a machine that cannot give one.
 pub fn trial(
     subject: &str,
-    (name, test): Test,
+    (name, test): (&str, impl Fn(&Sandbox) -> Result<()> + Send + 'static),
     sandbox: &std::result::Result<Sandbox, String>,
 ) -> Trial {
     let sandbox = sandbox.clone();
