@@ -127,7 +127,9 @@ impl Demo {
             Some(path) => PathBuf::from(path),
             None => km.binary().with_file_name(SHIM),
         };
-        let config = write_config(&sandbox, &registry, &containerd, &prefix, &shim)?;
+        let installed = sandbox.folder("libexec")?.join(SHIM);
+        fs::copy(&shim, &installed).with_context(|| format!("copy {}", shim.display()))?;
+        let config = write_config(&sandbox, &registry, &containerd, &prefix, &installed)?;
         let km = km.env("KATA_MANAGER_CONFIG", config);
         Ok(Self {
             say,
@@ -332,8 +334,7 @@ fn write_config(
     shim: &Path,
 ) -> Result<PathBuf> {
     let work = sandbox.work().display();
-    let runc = sandbox.parts().containerd_dir(Version::V2.group());
-    let inner = runc.join("containerd-shim-runc-v2");
+    let inner = prefix.join("bin/containerd-shim-kata-v2");
     let mut text = format!("artifactsDir: {work}/artifacts\nruntimeClasses:\n");
     for (name, artifact) in CLASSES {
         let url = registry.reference(artifact);
