@@ -53,7 +53,7 @@ reconnects: build
 # library in C among them, which take minutes to build.
 .PHONY: oracle
 oracle:
-	CARGO_TARGET_DIR=$(TARGET) cargo test --quiet --locked --manifest-path tests/cdi-oracle/Cargo.toml
+	CARGO_TARGET_DIR=$(TARGET)/oracle cargo test --quiet --locked --manifest-path tests/cdi-oracle/Cargo.toml
 
 # One static program: it runs on any Linux of this architecture, and from an empty container image. Its random numbers come from the
 # kernel alone: aws-lc would otherwise gather timing noise of its own first, which takes longer than everything else that a run
