@@ -43,11 +43,18 @@ impl Inventory {
         };
         let mut groups = Groups::default();
         let ours = select(sysfs, &all, &mut groups);
+        let functions: Vec<Function> = ours
+            .iter()
+            .filter_map(|address| function(sysfs, *address, all.get(address)?))
+            .collect();
+        // A function that came or went in between may name another group now than when they were selected.
+        for function in &functions {
+            if let Some(id) = function.iommu_group {
+                groups.members(sysfs, id, function.address);
+            }
+        }
         let mut inventory = Inventory {
-            functions: ours
-                .iter()
-                .filter_map(|address| function(sysfs, *address, all.get(address)?))
-                .collect(),
+            functions,
             scanned: all.len(),
             ..Inventory::default()
         };
@@ -126,7 +133,10 @@ fn select(sysfs: Sysfs<'_>, all: &All, groups: &mut Groups) -> BTreeSet<Address>
         );
     }
     for address in ours.clone() {
-        ours.extend(groups.of(sysfs, address).into_iter().filter(|member| {
+        let Some(id) = group_id(sysfs, address) else {
+            continue;
+        };
+        ours.extend(groups.members(sysfs, id, address).iter().filter(|member| {
             all.get(member)
                 .is_some_and(|(identity, _)| !is_bridge(identity.class))
         }));
@@ -139,11 +149,8 @@ fn select(sysfs: Sysfs<'_>, all: &All, groups: &mut Groups) -> BTreeSet<Address>
 struct Groups(BTreeMap<u32, Vec<Address>>);
 
 impl Groups {
-    /// The members of a function's group; none without an IOMMU.
-    fn of(&mut self, sysfs: Sysfs<'_>, address: Address) -> Vec<Address> {
-        let Some(id) = group_id(sysfs, address) else {
-            return Vec::new();
-        };
+    /// The members of the group that a function names.
+    fn members(&mut self, sysfs: Sysfs<'_>, id: u32, address: Address) -> &[Address] {
         let members = self.0.entry(id).or_insert_with(|| {
             let names = sysfs.names(format!("{GROUPS}/{id}/devices"));
             names.iter().filter_map(|name| name.parse().ok()).collect()
@@ -153,7 +160,7 @@ impl Groups {
             members.push(address);
             members.sort_unstable();
         }
-        members.clone()
+        members
     }
 
     fn finish(self, sysfs: Sysfs<'_>, functions: &[Function], all: &All) -> Vec<Group> {

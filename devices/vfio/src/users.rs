@@ -173,7 +173,7 @@ impl Nodes {
         let mut nodes = Nodes::default();
         for function in &inventory.functions {
             nodes.below(sysfs, function.address);
-            nodes.group(sysfs, inventory, function);
+            nodes.group(sysfs, function);
             nodes.nvidia(sysfs, function);
         }
         nodes
@@ -219,11 +219,10 @@ impl Nodes {
     }
 
     /// The group's node holds each VFIO function of the group.
-    fn group(&mut self, sysfs: Sysfs<'_>, inventory: &Inventory, function: &Function) {
+    fn group(&mut self, sysfs: Sysfs<'_>, function: &Function) {
         let Some(id) = function.iommu_group.filter(|_| function.on_vfio()) else {
             return;
         };
-        debug_assert!(inventory.group(id).is_some());
         let number = sysfs.text(format!("/sys/class/vfio/{id}/dev"));
         self.number(function.address, number.and_then(|text| major_minor(&text)));
         self.path(function.address, format!("/dev/vfio/{id}"));

@@ -249,6 +249,13 @@ fn a_tree_that_changes_while_it_is_read() {
         while !done.load(std::sync::atomic::Ordering::Acquire) {
             let inventory = Inventory::observe(&root).unwrap();
             assert!(inventory.primaries().count() >= 9);
+            for function in &inventory.functions {
+                let Some(id) = function.iommu_group else {
+                    continue;
+                };
+                let group = inventory.group(id).expect("a group that a function names");
+                assert!(group.members.iter().any(|m| m.address == function.address));
+            }
             Users::observe(&root, &inventory).ok();
         }
     });
