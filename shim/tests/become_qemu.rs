@@ -9,8 +9,10 @@
 
 use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::process::CommandExt as _;
 use std::process::{Command, Stdio};
 
+use km_shim::launch::PROGRAM;
 use km_tests_sysfs::shapes;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -94,17 +96,20 @@ impl Node {
     }
 
     fn run(&self, words: &str) -> Said {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_kata-manager-qemu"))
-            .args(words.split_whitespace())
-            .env_clear()
-            .env("PATH", "/usr/bin:/bin")
-            .env("MARK", "kept")
-            .env("KATA_MANAGER_HOST_ROOT", self.dir.path())
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
+        let mut child = Command::new(env!(
+            "CARGO_BIN_EXE_containerd-shim-kata-qemu-nvidia-gpu-v2"
+        ))
+        .arg0(PROGRAM)
+        .args(words.split_whitespace())
+        .env_clear()
+        .env("PATH", "/usr/bin:/bin")
+        .env("MARK", "kept")
+        .env("KATA_MANAGER_HOST_ROOT", self.dir.path())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
         let pid = child.id();
         // A launch that is refused reads nothing.
         let _ = child.stdin.take().unwrap().write_all(b"untouched");

@@ -20,6 +20,12 @@ use crate::wait;
 const CHANGES: &str =
     "rename,renameat,renameat2,link,linkat,symlink,symlinkat,unlink,unlinkat,rmdir,mkdir,mkdirat";
 
+/// The shim, as the build names it.
+pub const SHIM: &str = "containerd-shim-kata-qemu-nvidia-gpu-v2";
+
+/// What the same program is called where it stands in QEMU's place.
+pub const LAUNCHER: &str = "kata-manager-qemu";
+
 /// The longest that one command may take, downloads and a restart of containerd included.
 const DEADLINE: Duration = Duration::from_secs(180);
 
@@ -79,6 +85,23 @@ impl Km {
     /// The binary.
     pub fn binary(&self) -> &Path {
         &self.binary
+    }
+
+    /// The shim that was built with it: `KM_SHIM` names it, else it lies beside the binary.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn shim(&self) -> Result<PathBuf> {
+        let path = match std::env::var_os("KM_SHIM") {
+            Some(path) => path.into(),
+            None => self.binary.with_file_name(SHIM),
+        };
+        ensure!(
+            path.is_file(),
+            "there is no shim at {}: build it (`make shim`, or `cargo build -p km-shim`), or set KM_SHIM",
+            path.display()
+        );
+        Ok(path)
     }
 
     /// A command that would run it, for callers with wishes of their own.

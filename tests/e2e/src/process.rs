@@ -202,6 +202,23 @@ pub fn tail(log: &Path, lines: usize) -> String {
     }
 }
 
+/// The processes that run a program, by its file.
+///
+/// # Errors
+/// When `/proc` cannot be listed.
+pub fn running(program: &Path) -> Result<Vec<u32>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").context("list /proc")? {
+        let Ok(pid) = entry?.file_name().to_string_lossy().parse() else {
+            continue;
+        };
+        if fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe == program) {
+            found.push(pid);
+        }
+    }
+    Ok(found)
+}
+
 /// A measure of a process's memory in bytes, such as `VmRSS` (proc(5), `/proc/<pid>/status`).
 ///
 /// # Errors

@@ -109,35 +109,6 @@ impl Sandbox {
         cover(folder, c"mode=0755")
     }
 
-    /// Keeps what is written below an existing folder (`/etc`) in memory, within the sandbox only; what is there can still be read.
-    ///
-    /// # Errors
-    /// When the kernel refuses a mount.
-    pub fn layer(&self, folder: &Path) -> Result<()> {
-        let memory = self.folder("layer")?;
-        cover(&memory, c"mode=0755")?;
-        let [upper, work] = ["upper", "work"].map(|name| memory.join(name));
-        for made in [&upper, &work] {
-            fs::create_dir(made).with_context(|| format!("make {}", made.display()))?;
-        }
-        let options = format!(
-            "lowerdir={},upperdir={},workdir={}",
-            folder.display(),
-            upper.display(),
-            work.display()
-        );
-        let flags = MountFlags::NOSUID | MountFlags::NODEV;
-        let options = CString::new(options)?;
-        mount(
-            "overlay",
-            folder,
-            "overlay",
-            flags,
-            Some(options.as_c_str()),
-        )
-        .with_context(|| format!("put a layer over {}", folder.display()))
-    }
-
     /// A new folder as by [`Self::folder`], on a file system in memory that holds `mebibytes` MiB: a disk to fill up.
     ///
     /// # Errors

@@ -215,8 +215,8 @@ impl Node {
         self.measured(what, step)
     }
 
-    /// [`Self::step`] while no other node of this process boots or does a step. For a machine inside the node: it hangs about one time in
-    /// eight when another node takes the processors from it, and hardly ever when none does.
+    /// [`Self::step`] while no other node of this process boots or does a step: for what is timed, and for a machine inside the node, which
+    /// hangs about one time in eight when another node takes the processors from it, and hardly ever when none does.
     ///
     /// # Errors
     /// As [`Self::step`].

@@ -19,7 +19,6 @@ use rustix::mount::{
 use serde_json::Value;
 
 use super::node::{Class, Node, names, walk};
-use super::shim::program;
 
 pub(crate) const TESTS: &[Test] = &[("a_class_says_how_its_qemu_is_launched", launched)];
 
@@ -39,8 +38,7 @@ const KATAS: &[(&str, &str)] = &[
 
 fn launched(sandbox: &Sandbox) -> Result<()> {
     sandbox.cover("/opt".as_ref())?;
-    fs::create_dir_all("/etc/kata-manager")?;
-    sandbox.cover("/etc/kata-manager".as_ref())?;
+    let _settings = sandbox.make("/etc/kata-manager".as_ref())?;
     let node = Node::start(sandbox, &Options::new(Version::V2))?;
     provider::assemble(sandbox.parts(), &node.prefix)?;
     // runtime-rs has its shim in a folder of its own.
@@ -57,7 +55,7 @@ fn launched(sandbox: &Sandbox) -> Result<()> {
     let classes = [(GPU, "kata/guest:v1"), (SNP, "kata/guest-confidential:v1")]
         .map(|(name, artifact)| Class::catalogue(name, node.proxy.reference(artifact)));
     let shim = sandbox.folder("shim")?.join("shim");
-    fs::copy(program(node.km.binary())?, &shim)?;
+    fs::copy(node.km.shim()?, &shim)?;
     let original = fs::read(node.containerd.config())?;
     let configure = |runtime: &str, version: &str| -> Result<()> {
         node.configure_with(

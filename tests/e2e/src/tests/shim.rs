@@ -10,6 +10,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use km_tests_e2e::containerd::{Options, Version};
 use km_tests_e2e::images;
+use km_tests_e2e::process::running;
 use km_tests_e2e::sandbox::Sandbox;
 use km_tests_e2e::suite::Test;
 use km_tests_e2e::tracer::{self, Fault, Injection};
@@ -25,29 +26,12 @@ pub(crate) const TESTS: &[Test] = &[
 
 const HANDLER: &str = "shimmed";
 
-/// The program, as the build names it.
-const PROGRAM: &str = "containerd-shim-kata-qemu-nvidia-gpu-v2";
-
 /// Where `apply` puts things.
 const INSTALLED: &str = "/opt/kata-manager";
 const SETTINGS: &str = "/etc/kata-manager";
 
 /// Where claims are.
 const CLAIMS: &str = "/run/kata-manager/sandboxes";
-
-/// The program under test: `KM_SHIM` names it, else it lies beside kata-manager's.
-pub(super) fn program(node_binary: &Path) -> Result<PathBuf> {
-    let path = match std::env::var_os("KM_SHIM") {
-        Some(path) => path.into(),
-        None => node_binary.with_file_name(PROGRAM),
-    };
-    ensure!(
-        path.is_file(),
-        "{} is not there: cargo build -p km-shim, or set KM_SHIM",
-        path.display()
-    );
-    Ok(path)
-}
 
 /// runc's shim of 1.7, which works under every containerd here.
 pub(super) fn inner(sandbox: &Sandbox) -> PathBuf {
@@ -71,7 +55,7 @@ fn lives_in(sandbox: &Sandbox, version: Version) -> Result<()> {
     let original = fs::read(node.containerd.config())?;
     let folder = sandbox.folder("shim")?;
     let shim = folder.join("shim");
-    fs::copy(program(node.km.binary())?, &shim)?;
+    fs::copy(node.km.shim()?, &shim)?;
     let more = format!(
         "shim: {{program: {}, kubeletSocket: {}/no-kubelet.sock}}\n",
         shim.display(),
@@ -167,18 +151,6 @@ fn claim(sandbox: &str) -> Result<Option<Value>> {
     }
 }
 
-/// The processes that are this program.
-fn running(program: &Path) -> Result<Vec<String>> {
-    let mut found = Vec::new();
-    for name in names("/proc".as_ref())? {
-        let exe = fs::read_link(format!("/proc/{name}/exe"));
-        if exe.is_ok_and(|exe| exe == program) {
-            found.push(name);
-        }
-    }
-    Ok(found)
-}
-
 /// The GPU that [`BEFORE`] names, and its IOMMU group.
 const GPU: &str = "0000:13:00.0";
 const GROUP: u32 = 34;
@@ -225,7 +197,7 @@ fn killed(sandbox: &Sandbox) -> Result<()> {
         .to_string(),
     )?;
     let shim = root.join(format!("containerd-shim-{HANDLER}-v2"));
-    symlink(program(km_tests_e2e::km::Km::find()?.binary())?, &shim)?;
+    symlink(km_tests_e2e::km::Km::find()?.shim()?, &shim)?;
 
     let start = |id: &str, injection: Option<&Injection>| -> Result<(tracer::Traced, PathBuf)> {
         let bundle = root.join("run/bundles").join(id);

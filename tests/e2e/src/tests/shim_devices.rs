@@ -19,7 +19,7 @@ use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
 use serde_json::{Value, json};
 
 use super::node::names;
-use super::shim::{inner, program};
+use super::shim::inner;
 
 pub(crate) const TESTS: &[Test] = &[("what_the_kubelet_gave_is_in_the_sandbox", given)];
 
@@ -36,7 +36,7 @@ fn given(sandbox: &Sandbox) -> Result<()> {
     fs::copy(inner(sandbox), root.join("inner-shim"))?;
     let programs = sandbox.folder("programs")?;
     let shim = programs.join(format!("containerd-shim-{HANDLER}-v2"));
-    symlink(program(km::Km::find()?.binary())?, &shim)?;
+    symlink(km::Km::find()?.shim()?, &shim)?;
     // containerd hands its environment to shims, and this is not in it.
     let path = sandbox.folder("path")?;
     let wrapper = path.join(format!("containerd-shim-{HANDLER}-v2"));

@@ -3,15 +3,16 @@
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::{Path, PathBuf};
+use std::os::unix::process::CommandExt as _;
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use km_tests_e2e::km::Km;
+use km_tests_e2e::km::{Km, LAUNCHER};
 use km_tests_e2e::qemu::Machine;
 use km_tests_e2e::sandbox::Sandbox;
-use km_tests_e2e::suite::{Test, cannot_run};
+use km_tests_e2e::suite::Test;
 use km_tests_e2e::{process, wait};
 use km_tests_sysfs::shapes;
 use serde_json::{Value, json};
@@ -235,15 +236,7 @@ const LAUNCHES: &[(&str, &str, &str)] = &[
 const TELLS: &str = "#!/bin/sh\nfor word in \"$@\"; do echo \"$word\"; done\n";
 
 fn injected_launches_start(sandbox: &Sandbox) -> Result<()> {
-    // It is built with the shim, which KM_SHIM names when it does not lie beside kata-manager.
-    let beside: PathBuf = match std::env::var_os("KM_SHIM") {
-        Some(shim) => shim.into(),
-        None => Km::find()?.binary().to_owned(),
-    };
-    let launcher = beside.with_file_name("kata-manager-qemu");
-    if !launcher.is_file() {
-        return Err(cannot_run(format!("{} is not built", launcher.display())));
-    }
+    let launcher = Km::find()?.shim()?;
     let root = sandbox.folder("node")?;
     shapes::eight_gpus().write(&root);
     let qemu = root.join("opt/kata/bin/qemu");
@@ -272,7 +265,7 @@ fn injected_launches_start(sandbox: &Sandbox) -> Result<()> {
         });
         write("etc/kata-manager/handlers/gpu.json", &settings.to_string())?;
         let mut command = Command::new(&launcher);
-        command.env("KATA_MANAGER_HOST_ROOT", &root);
+        command.arg0(LAUNCHER).env("KATA_MANAGER_HOST_ROOT", &root);
         command
             .args(["-name", "sandbox-abc"])
             .args(KATA)

@@ -2,7 +2,6 @@
 //! in memory afterwards, beside what a shim that stays would take.
 
 use std::fs;
-use std::io::Write as _;
 use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt as _;
@@ -14,7 +13,7 @@ use anyhow::{Context as _, Result, ensure};
 use km_podresources::Client;
 use km_tests_e2e::km::Km;
 use km_tests_e2e::kubelet::Kubelet;
-use km_tests_e2e::process::memory;
+use km_tests_e2e::process::{memory, running};
 use km_tests_e2e::sandbox::Sandbox;
 use km_tests_e2e::wait;
 use km_tests_sysfs::{Machine, shapes};
@@ -22,9 +21,6 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
 use crate::table::{Figure, Table, Unit, say};
-
-/// The program, as the build names it.
-const PROGRAM: &str = "containerd-shim-kata-qemu-nvidia-gpu-v2";
 
 /// The handlers: a Kata that finds a pod's devices by itself, and one that gets their nodes written.
 const CHECKED: &str = "bench-check";
@@ -124,26 +120,16 @@ pub(crate) fn measure(sandbox: &Sandbox, runs: usize) -> Result<Table> {
             _ => add("p99", 5.0, quantile(added(), 0.99)),
         }
     }
-    let ours = fs::canonicalize(program()?)?;
+    let ours = fs::canonicalize(Km::find()?.shim()?)?;
     table.add(Figure {
         work: "processes of the shim that stay".to_owned(),
         unit: Unit::Count,
         must: 0.0,
         goal: 0.0,
-        measured: processes(&ours)?.len() as f64,
+        measured: running(&ours)?.len() as f64,
     });
     resident(&root)?;
     Ok(table)
-}
-
-/// `KM_SHIM` names it, else it lies beside kata-manager's.
-fn program() -> Result<PathBuf> {
-    let path = match std::env::var_os("KM_SHIM") {
-        Some(path) => path.into(),
-        None => Km::find()?.binary().with_file_name(PROGRAM),
-    };
-    ensure!(path.is_file(), "{} is not there: make shim", path.display());
-    Ok(path)
 }
 
 /// Sixteen GPUs on VFIO among other functions, their CDI specs, and two handlers. Gives the GPUs' addresses.
@@ -188,7 +174,7 @@ fn write(root: &Path) -> Result<Vec<String>> {
         let folder = root.join("etc/kata-manager/handlers");
         fs::create_dir_all(&folder)?;
         fs::write(folder.join(format!("{handler}.json")), settings.to_string())?;
-        symlink(program()?, shim(root, handler))?;
+        symlink(km.shim()?, shim(root, handler))?;
     }
     ensure!(gpus.len() == 16, "there are {} GPUs", gpus.len());
     Ok(gpus)
@@ -309,20 +295,6 @@ fn quantile(values: impl Iterator<Item = f64>, at: f64) -> f64 {
     values.get(place).copied().unwrap_or_default()
 }
 
-/// The processes that are this program.
-fn processes(program: &Path) -> Result<Vec<u32>> {
-    let mut found = Vec::new();
-    for entry in fs::read_dir("/proc")? {
-        let Ok(pid) = entry?.file_name().to_string_lossy().parse() else {
-            continue;
-        };
-        if fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe == program) {
-            found.push(pid);
-        }
-    }
-    Ok(found)
-}
-
 /// Says what the least shim that stays takes: `KM_RESIDENT_SHIM` names it, a release build.
 fn resident(root: &Path) -> Result<()> {
     let Some(program) = std::env::var_os("KM_RESIDENT_SHIM") else {
@@ -332,7 +304,7 @@ fn resident(root: &Path) -> Result<()> {
     let program = fs::canonicalize(program)?;
     let folder = root.join("resident");
     fs::create_dir_all(&folder)?;
-    fs::File::create(folder.join("log"))?.write_all(b"")?;
+    fs::write(folder.join("log"), "")?;
     let events = folder.join("c.sock.ttrpc");
     let _listens = UnixListener::bind(&events)?;
     let status = Command::new(&program)
@@ -356,11 +328,19 @@ fn resident(root: &Path) -> Result<()> {
         program.display()
     );
     let pid = wait::until("the shim that stays", Duration::from_secs(30), || {
-        let found = processes(&program)?;
+        let found = running(&program)?;
         found.first().copied().context("it does not run")
     })?;
-    std::thread::sleep(Duration::from_secs(1));
-    let resident = memory(pid, "VmRSS")? as f64;
+    // It has come up when it takes no more.
+    let mut before = 0;
+    let resident = wait::until("its memory to stand still", Duration::from_secs(30), || {
+        let now = memory(pid, "VmRSS")?;
+        ensure!(
+            std::mem::replace(&mut before, now) == now,
+            "it has {now} bytes"
+        );
+        Ok(now)
+    })? as f64;
     let raw = i32::try_from(pid).ok().and_then(Pid::from_raw);
     kill_process(raw.context("a process's number")?, Signal::KILL)?;
     say(&format!(

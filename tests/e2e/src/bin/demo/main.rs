@@ -17,9 +17,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use km_tests_e2e::containerd::{Instance, Options, Version};
-use km_tests_e2e::km::Km;
+use km_tests_e2e::km::{Km, SHIM};
 use km_tests_e2e::registry::{self, Registry};
-use km_tests_e2e::sandbox::{self, Entered, Sandbox};
+use km_tests_e2e::sandbox::{self, Entered, Sandbox, Shown};
 use km_tests_e2e::{guest, images, provider, qemu};
 use transcript::Transcript;
 
@@ -42,9 +42,6 @@ const CLASSES: [(&str, &str); 3] = [
 
 /// The class that runs pods by runc, so that the demo can start one where no Kata is installed.
 const DEMO_CLASS: &str = "demo";
-
-/// The shim, where `KM_SHIM` does not name it: beside kata-manager.
-const SHIM: &str = "containerd-shim-kata-qemu-nvidia-gpu-v2";
 
 /// Where `apply` puts programs, and the links to them that containerd is told.
 const PROGRAMS: &str = "/opt/kata-manager";
@@ -88,6 +85,8 @@ struct Demo {
     prefix: PathBuf,
     /// `config.toml` as it was before kata-manager came.
     before: PathBuf,
+    /// The handlers' settings are in here.
+    _settings: Shown,
 }
 
 impl Demo {
@@ -121,12 +120,9 @@ impl Demo {
 
         // Programs and settings have fixed places; the machine's own stay as they are.
         sandbox.cover("/opt".as_ref())?;
-        sandbox.layer("/etc".as_ref())?;
+        let settings = sandbox.make("/etc/kata-manager".as_ref())?;
         let km = Km::find()?;
-        let shim = match std::env::var_os("KM_SHIM") {
-            Some(path) => PathBuf::from(path),
-            None => km.binary().with_file_name(SHIM),
-        };
+        let shim = km.shim()?;
         let installed = sandbox.folder("libexec")?.join(SHIM);
         fs::copy(&shim, &installed).with_context(|| format!("copy {}", shim.display()))?;
         let config = write_config(&sandbox, &registry, &containerd, &prefix, &installed)?;
@@ -139,6 +135,7 @@ impl Demo {
             containerd,
             prefix,
             before,
+            _settings: settings,
         })
     }
 

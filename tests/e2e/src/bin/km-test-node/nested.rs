@@ -19,17 +19,22 @@ use crate::shown::Listed;
 const KERNEL: &str = "/run/guest/vmlinuz";
 const INITRD: &str = "/run/guest/initrd";
 
-/// The guest's only program: tells each PCI function with its place, and switches off.
+/// The guest's first program: tells its functions, and switches off.
 const INIT: &str = "\
 #!/bin/sh
 /bin/busybox --install -s /bin
 mount -t sysfs sysfs /sys
-for function in /sys/bus/pci/devices/*; do
-    echo \"function $(readlink -f $function) $(cat $function/vendor) $(cat $function/device)\"
-done
-echo these are all
+/bin/functions
 poweroff -f
 ";
+
+/// Tells each PCI function of a guest with its place.
+const FUNCTIONS: &str = r#"#!/bin/sh
+for function in /sys/bus/pci/devices/*; do
+    echo "function $(readlink -f $function) $(cat $function/vendor) $(cat $function/device)"
+done
+echo these are all
+"#;
 
 /// How long a guest may take. It needs ten to twenty seconds with another node beside it.
 const GUEST: Duration = Duration::from_secs(150);
@@ -46,26 +51,37 @@ pub(crate) enum Way {
 /// Time for `timeout` itself to end it.
 const SPARE: Duration = Duration::from_secs(60);
 
-/// Puts the guest's kernel and initrd into the node, and switches its /dev/kvm on.
+/// Puts the guest's files into the node.
 pub(crate) fn prepare(node: &mut Node, parts: &Parts) -> Result<()> {
-    let busybox = fs::read(parts.busybox()).context("read busybox")?;
-    let mut initrd = cpio::Archive::new();
-    initrd
-        .folder("bin")
-        .folder("dev")
-        .folder("sys")
-        .device("dev/console", 5, 1)
-        .file("bin/busybox", 0o755, &busybox)
-        .link("bin/sh", "busybox")
-        .file("init", 0o755, INIT.as_bytes());
-    node.put(INITRD, 0o644, &initrd.finish())?;
-    let kernel = Image::at(parts.dir(), Kernel::Debian)?.kernel();
-    node.put(KERNEL, 0o644, &fs::read(kernel).context("read the kernel")?)?;
-    kvm(node)
+    guest_files(node, parts, KERNEL, INITRD, INIT)
 }
 
-/// Switches the node's /dev/kvm on.
-pub(crate) fn kvm(node: &mut Node) -> Result<()> {
+/// Puts a kernel into the node, and an initrd with busybox, `/bin/functions` and a first program; and switches the node's /dev/kvm on.
+pub(crate) fn guest_files(
+    node: &mut Node,
+    parts: &Parts,
+    kernel: &str,
+    initrd: &str,
+    init: &str,
+) -> Result<()> {
+    let busybox = fs::read(parts.busybox()).context("read busybox")?;
+    let mut archive = cpio::Archive::new();
+    for folder in ["bin", "dev", "proc", "sys"] {
+        archive.folder(folder);
+    }
+    archive
+        .device("dev/console", 5, 1)
+        .file("bin/busybox", 0o755, &busybox)
+        .file("bin/functions", 0o755, FUNCTIONS.as_bytes())
+        .link("bin/sh", "busybox")
+        .file("init", 0o755, init.as_bytes());
+    node.put(initrd, 0o644, &archive.finish())?;
+    let debians = Image::at(parts.dir(), Kernel::Debian)?.kernel();
+    node.put(
+        kernel,
+        0o644,
+        &fs::read(debians).context("read the kernel")?,
+    )?;
     node.shell("test -c /dev/kvm || modprobe kvm-amd; test -c /dev/kvm")?;
     Ok(())
 }

@@ -7,13 +7,11 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use km_tests_e2e::cpio;
 use km_tests_e2e::cri::{Cri, Pod};
 use km_tests_e2e::images;
-use km_tests_e2e::node_in_a_box::image::{Image, Payload, beside};
-use km_tests_e2e::node_in_a_box::shape::Kernel;
+use km_tests_e2e::km::{Km, LAUNCHER, SHIM};
+use km_tests_e2e::node_in_a_box::image::{Payload, beside};
 use km_tests_e2e::node_in_a_box::{Holder, Node};
-use km_tests_e2e::parts::Parts;
 use km_tests_e2e::sandbox::Sandbox;
 use km_tests_e2e::wait;
 use serde_json::{Value, json};
@@ -24,10 +22,8 @@ use crate::shown::Listed;
 
 const HANDLER: &str = "kata-qemu-nvidia-gpu";
 
-/// The programs, by the names that they have in the node.
+/// The inner shim, by its name in the node.
 const INNER: &str = "km-inner-shim";
-const LAUNCHER: &str = "kata-manager-qemu";
-const SHIM: &str = "containerd-shim-kata-qemu-nvidia-gpu-v2";
 
 /// Where containerd finds the shim.
 const LINK: &str = "/opt/kata-manager/bin/containerd-shim-kata-qemu-nvidia-gpu-v2";
@@ -61,33 +57,23 @@ while true; do
 done
 "#;
 
-/// Tells each PCI function of the guest with its place.
-const FUNCTIONS: &str = r#"#!/bin/sh
-for function in /sys/bus/pci/devices/*; do
-    echo "function $(readlink -f $function) $(cat $function/vendor) $(cat $function/device)"
-done
-echo these are all
-"#;
-
 /// Brings the programs along, as far as they are built; a pod's test says which is not.
 pub(crate) fn payload(payload: &mut Payload) {
-    for name in [INNER, SHIM, LAUNCHER] {
-        if let Ok(path) = program(name) {
+    for (name, path) in programs() {
+        if let Ok(path) = path {
             payload.program(name, &path);
         }
     }
 }
 
-/// `KM_SHIM` names the shim, and the launcher lies beside it; else they lie beside this program, as the inner shim does.
-fn program(name: &str) -> Result<PathBuf> {
-    match std::env::var_os("KM_SHIM") {
-        Some(shim) if name != INNER => {
-            let path = PathBuf::from(shim).with_file_name(name);
-            ensure!(path.is_file(), "{} is not built: make shim", path.display());
-            Ok(path)
-        }
-        _ => beside(name).context("make box builds what pods need"),
-    }
+/// What a pod needs, by the names in the node. The shim is there twice: by the other name it stands in QEMU's place.
+fn programs() -> [(&'static str, Result<PathBuf>); 3] {
+    let shim = || Km::find()?.shim();
+    [
+        (INNER, beside(INNER).context("`make box` builds it")),
+        (SHIM, shim()),
+        (LAUNCHER, shim()),
+    ]
 }
 
 /// What a step needs.
@@ -98,10 +84,10 @@ pub(crate) struct Ready {
 
 /// Puts everything in its place, as `apply` and the cluster do.
 pub(crate) fn prepare(sandbox: &Sandbox, node: &mut Node) -> Result<Ready> {
-    for name in [INNER, SHIM, LAUNCHER] {
-        program(name)?;
+    for (_, program) in programs() {
+        program?;
     }
-    guest(node, sandbox.parts())?;
+    nested::guest_files(node, sandbox.parts(), KERNEL, INITRD, INIT)?;
     for archive in images::write(sandbox.parts(), &sandbox.folder("images")?)? {
         node.put("/run/image.tar", 0o644, &fs::read(archive)?)?;
         node.shell("ctr --namespace k8s.io images import /run/image.tar; rm /run/image.tar")?;
@@ -157,24 +143,6 @@ pub(crate) fn clean(node: &mut Node, ready: Ready) -> Result<()> {
         "rm -r /etc/kata-manager/handlers /opt/kata-manager /var/lib/kubelet/pod-resources; cp /run/config.toml.before /etc/containerd/config.toml",
     )?;
     restart(node, &ready.cri)
-}
-
-fn guest(node: &mut Node, parts: &Parts) -> Result<()> {
-    let busybox = fs::read(parts.busybox()).context("read busybox")?;
-    let mut initrd = cpio::Archive::new();
-    for folder in ["bin", "dev", "proc", "sys"] {
-        initrd.folder(folder);
-    }
-    initrd
-        .device("dev/console", 5, 1)
-        .file("bin/busybox", 0o755, &busybox)
-        .file("bin/functions", 0o755, FUNCTIONS.as_bytes())
-        .link("bin/sh", "busybox")
-        .file("init", 0o755, INIT.as_bytes());
-    node.put(INITRD, 0o644, &initrd.finish())?;
-    let kernel = Image::at(parts.dir(), Kernel::Debian)?.kernel();
-    node.put(KERNEL, 0o644, &fs::read(kernel).context("read the kernel")?)?;
-    nested::kvm(node)
 }
 
 fn restart(node: &mut Node, cri: &Cri) -> Result<()> {
