@@ -50,7 +50,8 @@ reconnects: build
 	KM_BIN=$(KM) KM_PLUGIN_RECONNECTS=10000 cargo run --quiet --locked -p km-tests-e2e --bin km-tests-e2e -- plugin::nothing_is_left_of_reconnects
 
 # CDI's own library for Rust judges our specs, in a workspace of its own. Not in "make test", but in .ci/run: the library brings 180 crates, with a TLS
-# library in C among them, which take minutes to build.
+# library in C among them, which take minutes to build. Its folder is its own: there cargo gives our crates, which are outside both
+# workspaces, the names that "make fuzz" gives them, and those are instrumented.
 .PHONY: oracle
 oracle:
 	CARGO_TARGET_DIR=$(TARGET)/oracle cargo test --quiet --locked --manifest-path tests/cdi-oracle/Cargo.toml

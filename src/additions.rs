@@ -1,7 +1,7 @@
 //! What goes into a class's generation beside Kata's configuration: what the node adds, and what the user does in
 //! `/etc/kata-manager/<class>.d/*.toml`. Files are read here, and judged by `km_runtimeclasses`.
 
-use std::io::Read as _;
+use std::io::ErrorKind;
 
 use anyhow::Result;
 use km_host::HostPath;
@@ -29,7 +29,8 @@ pub(crate) struct Addition {
     pub(crate) text: String,
 }
 
-/// All additions of a class: the node's drop-in, then the user's files in the order in which Kata will read them.
+/// All additions of a class: the node's drop-in, then the user's files in the order in which Kata will read them. `launched` tells
+/// whether its QEMU is started by the launcher, whose path no user's file may change.
 ///
 /// # Errors
 /// When a user's file cannot be read, or Kata could not take it. Each names the file.
@@ -37,33 +38,29 @@ pub(crate) fn observe(
     node: &Node,
     class: &RuntimeClass,
     drop_in: Option<String>,
+    launched: bool,
 ) -> Result<Vec<Addition>> {
     let Some(drop_in) = drop_in else {
         return Ok(Vec::new());
     };
-    let launched = programs::launcher(&node.config, class)?.is_some();
     let folder = HostPath::new(DIR)?.join(format!("{}.d", class.name));
-    let mut own = Vec::new();
+    let mut additions = vec![Addition {
+        path: DROP_IN.to_owned(),
+        text: drop_in,
+    }];
     for name in files(node, &folder)? {
         let path = folder.join(&name);
         let text = read(node, &path)?;
-        check_own(&text, &drop_in, launched).map_err(|error| {
+        check_own(&text, &additions[0].text, launched).map_err(|error| {
             let message = format!("{path}, your own settings of {},", class.name);
             Failure::because(Kind::Configuration, message, error)
         })?;
-        own.push(Addition {
+        additions.push(Addition {
             path: format!("{OWN_PREFIX}{name}"),
             text,
         });
     }
-    own.insert(
-        0,
-        Addition {
-            path: DROP_IN.to_owned(),
-            text: drop_in,
-        },
-    );
-    Ok(own)
+    Ok(additions)
 }
 
 /// The names of a class's files, in order.
@@ -90,20 +87,15 @@ fn files(node: &Node, folder: &HostPath) -> Result<Vec<String>> {
 
 fn read(node: &Node, path: &HostPath) -> Result<String> {
     let bad = |problem: &str| Failure::new(Kind::Configuration, format!("{path} {problem}"));
-    let ours = node.root.resolve(path)?;
-    let meta = std::fs::metadata(&ours).map_err(km_host::Error::io("look at", &ours))?;
-    // A pipe must not be waited for.
-    if !meta.is_file() {
-        return Err(bad("is no file").into());
-    }
-    let file = std::fs::File::open(&ours).map_err(km_host::Error::io("open", &ours))?;
-    let mut bytes = Vec::new();
-    file.take(LIMIT + 1)
-        .read_to_end(&mut bytes)
-        .map_err(km_host::Error::io("read", &ours))?;
-    if bytes.len() as u64 > LIMIT {
-        return Err(bad(&format!("has more than {} kB", LIMIT >> 10)).into());
-    }
+    let bytes = node.root.read(path.as_path(), LIMIT).map_err(|error| {
+        let operation = format!("cannot read {path}");
+        match error.kind() {
+            ErrorKind::InvalidInput | ErrorKind::FileTooLarge => {
+                Failure::because(Kind::Configuration, operation, error).into()
+            }
+            _ => anyhow::Error::new(error).context(operation),
+        }
+    })?;
     String::from_utf8(bytes).map_err(|_| bad("is not UTF-8 text").into())
 }
 

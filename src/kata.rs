@@ -58,16 +58,11 @@ pub(crate) fn find(root: &Root, provider: &config::Provider) -> Result<Found> {
 }
 
 fn installed(root: &Root, path: &HostPath) -> Result<Option<Version>> {
-    use std::io::Read as _;
-    let ours = root.resolve(path)?;
-    let mut text = String::new();
-    match std::fs::File::open(&ours) {
+    let bytes = match root.read(path.as_path(), LIMIT) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        opened => opened
-            .and_then(|file| file.take(LIMIT).read_to_string(&mut text))
-            .with_context(|| format!("cannot read {path}, which tells Kata's version"))?,
+        read => read.with_context(|| format!("cannot read {path}, which tells Kata's version"))?,
     };
-    let version = text.parse().map_err(|error| {
+    let version = String::from_utf8_lossy(&bytes).parse().map_err(|error| {
         let message = format!("{path} does not tell Kata's version: name it in provider.version");
         Failure::because(Kind::Configuration, message, error)
     })?;

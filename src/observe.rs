@@ -115,7 +115,8 @@ pub(crate) async fn observe(
                 warnings.push(warning.clone());
             }
         }
-        let added = additions::observe(node, class, drop_in.map(|made| made.text))?;
+        let text = drop_in.map(|made| made.text);
+        let added = additions::observe(node, class, text, launcher.is_some())?;
         classes.push(self::class(node, &mut digests, class, held, added, &mut warnings).await?);
     }
     let surplus = node

@@ -1,6 +1,7 @@
 //! The host's root directory, and paths below it.
 
 use std::fmt;
+use std::io::Read as _;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
@@ -196,6 +197,29 @@ impl Root {
         Ok(self.open_beneath(path, flags | extra)?)
     }
 
+    /// Reads a regular file of the host, of at most `limit` bytes; anything else is not waited for. Symlinks are followed as in [`open`](Root::open).
+    ///
+    /// # Errors
+    /// The system's answer; [`InvalidInput`](std::io::ErrorKind::InvalidInput) for what is no regular file, and
+    /// [`FileTooLarge`](std::io::ErrorKind::FileTooLarge) for what has more bytes.
+    pub fn read(&self, path: &Path, limit: u64) -> std::io::Result<Vec<u8>> {
+        let file = std::fs::File::from(self.open(path, OFlags::RDONLY)?);
+        let meta = file.metadata()?;
+        if !meta.is_file() {
+            let what = "it is no regular file";
+            return Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, what));
+        }
+        // One more than its size lets the end be seen without a larger buffer.
+        let size = usize::try_from(meta.len().min(limit)).unwrap_or(0);
+        let mut bytes = Vec::with_capacity(size + 1);
+        file.take(limit.saturating_add(1)).read_to_end(&mut bytes)?;
+        if bytes.len() as u64 > limit {
+            let what = format!("it has more than {limit} bytes");
+            return Err(std::io::Error::new(std::io::ErrorKind::FileTooLarge, what));
+        }
+        Ok(bytes)
+    }
+
     /// The host's name for a path of ours; `None` if the path is not below the root.
     pub fn host_path(&self, ours: &Path) -> Option<HostPath> {
         let relative = ours.strip_prefix(&self.path).ok()?;
@@ -256,6 +280,23 @@ mod tests {
             HostPath::new("/a").unwrap().join("/../x/y").as_str(),
             "/a/x/y"
         );
+    }
+
+    #[test]
+    fn a_file_is_read_whole_or_refused() {
+        use std::io::ErrorKind;
+        let dir = tempfile::tempdir().unwrap();
+        let root = Root::new(dir.path()).unwrap();
+        let read = |path: &str, limit| root.read(Path::new(path), limit).map_err(|e| e.kind());
+        std::fs::write(dir.path().join("five"), "12345").unwrap();
+        assert_eq!(read("/five", 5).unwrap(), b"12345");
+        assert_eq!(read("/five", 4), Err(ErrorKind::FileTooLarge));
+        assert_eq!(read("/none", 5), Err(ErrorKind::NotFound));
+        assert_eq!(read("/", 5), Err(ErrorKind::InvalidInput));
+        rustix::fs::mkfifoat(rustix::fs::CWD, dir.path().join("pipe"), Mode::RWXU).unwrap();
+        assert_eq!(read("/pipe", 5), Err(ErrorKind::InvalidInput));
+        symlink("/five", dir.path().join("link")).unwrap();
+        assert_eq!(read("/link", u64::MAX).unwrap(), b"12345");
     }
 
     #[test]

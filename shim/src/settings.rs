@@ -1,12 +1,10 @@
 //! What the shim and the launcher must know of their handler: `/etc/kata-manager/handlers/<handler>.json`, which `apply` writes.
 //! [`Settings::parse`] and [`Settings::render`] are pure; [`load`] and [`list`] read.
 
-use std::io::Read as _;
 use std::path::Path;
 
 use km_host::{HostPath, Root};
 use km_topology::Kata;
-use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 
 use crate::launch::Launch;
@@ -162,12 +160,7 @@ pub fn list(root: &Root) -> Result<Vec<String>, km_host::Error> {
 }
 
 fn read(root: &Root, path: &Path) -> Result<Settings, String> {
-    let file = root.open(path, OFlags::RDONLY).map_err(|e| e.to_string())?;
-    let mut bytes = Vec::new();
-    std::fs::File::from(file)
-        .take(LIMIT)
-        .read_to_end(&mut bytes)
-        .map_err(|error| error.to_string())?;
+    let bytes = root.read(path, LIMIT).map_err(|error| error.to_string())?;
     Settings::parse(&bytes).map_err(|error| error.to_string())
 }
 

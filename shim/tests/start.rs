@@ -177,6 +177,11 @@ impl Node {
         serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
     }
 
+    fn claim(&self, id: &str) -> Value {
+        let path = format!("run/kata-manager/sandboxes/{id}.json");
+        serde_json::from_slice(&fs::read(self.root().join(path)).unwrap()).unwrap()
+    }
+
     fn claims(&self) -> Vec<String> {
         let Ok(entries) = fs::read_dir(self.root().join("run/kata-manager/sandboxes")) else {
             return Vec::new();
@@ -293,8 +298,7 @@ fn an_older_kata_gets_the_node_written_and_a_newer_one_finds_it() {
         }
         assert_eq!(node.spec("abc"), expected, "Kata {kata}");
         assert_eq!(node.claims(), ["abc.json"]);
-        let claim = fs::read(node.root().join("run/kata-manager/sandboxes/abc.json")).unwrap();
-        let claim: Value = serde_json::from_slice(&claim).unwrap();
+        let claim = node.claim("abc");
         assert_eq!(
             claim["devices"],
             json!([{"address": GPU, "class": 0x03_0200, "numaNode": 0, "iommuGroup": 34}])
@@ -323,8 +327,7 @@ fn a_sandbox_without_devices_has_a_claim() {
             "-namespace k8s.io -id abc start",
         );
         assert_eq!(node.spec("abc"), before);
-        let claim = fs::read(node.root().join("run/kata-manager/sandboxes/abc.json")).unwrap();
-        let claim: Value = serde_json::from_slice(&claim).unwrap();
+        let claim = node.claim("abc");
         assert_eq!(
             (&claim["devices"], &claim["handler"]),
             (&json!([]), &json!(HANDLER))

@@ -69,7 +69,7 @@ pub(super) async fn run(global: &Global, arguments: &Arguments) -> Result<()> {
         wants: &wants,
     });
     let readiness = match arguments.write_ready {
-        true => Some(write_ready(&node, &host, &wants, global.lock_timeout)?),
+        true => Some(write_ready(&node, &host, &wants, global.lock_wait())?),
         false => None,
     };
     let failed: Vec<&str> = findings
@@ -107,13 +107,18 @@ pub(super) async fn run(global: &Global, arguments: &Arguments) -> Result<()> {
     Err(Failure::new(Kind::Device, message).into())
 }
 
-/// `wait` is how long another command may take that changes devices, in seconds.
-fn write_ready(node: &Node, host: &Host, wants: &km_doctor::Wants, wait: u64) -> Result<Ready> {
+/// `wait` is how long another command may take that changes devices.
+fn write_ready(
+    node: &Node,
+    host: &Host,
+    wants: &km_doctor::Wants,
+    wait: Duration,
+) -> Result<Ready> {
     if let Some(reason) = host.pci.unknown() {
         let message = format!("cannot look at the PCI bus ({reason}), so nothing is told");
         return Err(Failure::new(Kind::Host, message).into());
     }
-    let _lock = specs::lock(&node.root, Duration::from_secs(wait))?;
+    let _lock = specs::lock(&node.root, wait)?;
     let Readiness { vfio, cc } = ready::judge(&node.root, &host.inventory, wants);
     let steps = ready::plan(
         &node.root,

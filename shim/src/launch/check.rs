@@ -300,11 +300,7 @@ impl Judged<'_> {
 
     /// Whether an expander is of the device's NUMA node.
     fn expander(&mut self, expander: &Device) {
-        let guest = expander
-            .keyed
-            .get("numa_node")
-            .and_then(|node| node.parse().ok());
-        let hosts = guest.and_then(|node: u16| self.view.nodes.get(&node));
+        let hosts = hosts_of(self.view, expander);
         let (Some(node), Some(hosts)) = (self.given.numa_node, hosts) else {
             return;
         };
@@ -346,13 +342,14 @@ impl Judged<'_> {
 
 /// Whether a NUMA node of the host has an expander in the guest.
 fn covered(view: &View, node: u16) -> bool {
-    let expanders = view.devices.iter().filter(|d| d.role() == Role::Expander);
-    let mut guests = expanders.filter_map(|d| d.keyed.get("numa_node")?.parse::<u16>().ok());
-    guests.any(|guest| {
-        view.nodes
-            .get(&guest)
-            .is_some_and(|hosts| hosts.contains(&node))
-    })
+    let mut expanders = view.devices.iter().filter(|d| d.role() == Role::Expander);
+    expanders.any(|expander| hosts_of(view, expander).is_some_and(|hosts| hosts.contains(&node)))
+}
+
+/// The NUMA nodes of the host that are behind an expander's node of the guest, where it has one and they are told.
+fn hosts_of<'a>(view: &'a View, expander: &Device) -> Option<&'a BTreeSet<u16>> {
+    let guest = expander.keyed.get("numa_node")?.parse().ok()?;
+    view.nodes.get(&guest)
 }
 
 /// runtime-rs tells the guest the path `09+n/00` of port `rp<n>`, whatever QEMU makes of it.

@@ -1,8 +1,6 @@
 //! What a generation says of its launches: `launch.json` in it, which `apply` writes beside Kata's configuration. The configuration of an
 //! artifact may name another QEMU than the class has, and the launcher stands in the place of that one.
 
-use std::io::Read as _;
-
 use km_host::{HostPath, Root};
 use serde::{Deserialize, Serialize};
 
@@ -51,16 +49,14 @@ impl Generation {
         let Some(path) = folder().map(|folder| folder.join(FILE)) else {
             return Ok(None);
         };
-        let bad = |why: String| format!("{path}, which says what QEMU this sandbox has, {why}");
-        let ours = root
-            .resolve(&path)
-            .map_err(|error| bad(error.to_string()))?;
-        let mut bytes = Vec::new();
-        match std::fs::File::open(&ours) {
+        let bad = |why: String| {
+            format!(
+                "{path}, which says what QEMU this sandbox has, {why}; \"kata-manager apply\" makes a new generation, and sandboxes started after that have it"
+            )
+        };
+        let bytes = match root.read(path.as_path(), LIMIT) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            opened => opened
-                .and_then(|file| file.take(LIMIT).read_to_end(&mut bytes))
-                .map_err(|error| bad(format!("cannot be read: {error}")))?,
+            read => read.map_err(|error| bad(format!("cannot be read: {error}")))?,
         };
         let read = serde_json::from_slice(&bytes);
         read.map(Some)
