@@ -27,9 +27,6 @@ pub enum AskError {
     /// The host.
     #[error(transparent)]
     Host(#[from] Error),
-    /// No runtime for the call.
-    #[error("cannot prepare to ask the kubelet")]
-    Runtime(#[source] std::io::Error),
 }
 
 /// Asks about a pod. Without a pod, or where no socket is, there is no kubelet to ask.
@@ -52,28 +49,21 @@ pub fn ask(
     };
     let socket = root.resolve(socket)?;
     let within = Duration::from_millis(settings.kubelet_timeout_ms);
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_io()
-        .enable_time()
-        .build()
-        .map_err(AskError::Runtime)?;
-    runtime.block_on(async {
-        let client = Client::connect(&socket, within).await?;
-        match client.get(namespace, name).await {
-            Ok(pod) => Ok(given(&pod, true)),
-            Err(error) if error.is_unsupported() => {
-                let pods = client.list().await?;
-                let mut pods = pods.iter();
-                let pod = pods.find(|pod| pod.namespace == *namespace && pod.name == *name);
-                pod.map(|pod| given(pod, false))
-                    .ok_or_else(|| AskError::NoPod {
-                        namespace: namespace.clone(),
-                        name: name.clone(),
-                    })
-            }
-            Err(error) => Err(error.into()),
+    let client = Client::connect(&socket, within)?;
+    match client.get(namespace, name) {
+        Ok(pod) => Ok(given(&pod, true)),
+        Err(error) if error.is_unsupported() => {
+            let pods = client.list()?;
+            let mut pods = pods.iter();
+            let pod = pods.find(|pod| pod.namespace == *namespace && pod.name == *name);
+            pod.map(|pod| given(pod, false))
+                .ok_or_else(|| AskError::NoPod {
+                    namespace: namespace.clone(),
+                    name: name.clone(),
+                })
         }
-    })
+        Err(error) => Err(error.into()),
+    }
 }
 
 fn given(pod: &Pod, serves_get: bool) -> Given {

@@ -4,14 +4,13 @@
 //! which links this, has to stay small.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use hyper_util::rt::{TokioExecutor, TokioIo};
-use tokio::net::UnixStream;
-use tokio::time::{Instant, sleep, timeout_at};
+use hyper::rt::Executor as _;
 use tonic::body::Body;
 use tonic::codegen::http::{Request, Uri};
 
+use crate::conversation::{Conversation, Late};
 use crate::error::Error;
 use crate::wire;
 use crate::wire::pod_resources_lister_client::PodResourcesListerClient;
@@ -29,6 +28,7 @@ const AGAIN: Duration = Duration::from_millis(20);
 /// A connection to the kubelet, for one errand.
 #[derive(Debug)]
 pub struct Client {
+    conversation: Conversation,
     socket: PathBuf,
     within: Duration,
     deadline: Instant,
@@ -36,12 +36,12 @@ pub struct Client {
 }
 
 impl Client {
-    /// Connects to the API on a unix socket. `within` is the deadline of connecting and of all calls of this client together.
-    /// A tokio runtime with I/O and time must be there.
+    /// Connects to the API on a unix socket. `within` is the deadline of connecting and of all calls of this client together. Nothing is
+    /// asynchronous here: each call comes back with its answer.
     ///
     /// # Errors
     /// [`Error::NotRunning`] when nothing accepts the connection, [`Error::Timeout`], [`Error::Disconnected`].
-    pub async fn connect(socket: &Path, within: Duration) -> Result<Client, Error> {
+    pub fn connect(socket: &Path, within: Duration) -> Result<Client, Error> {
         let call = "connect";
         let deadline = Instant::now() + within;
         let late = || Error::Timeout {
@@ -49,18 +49,16 @@ impl Client {
             socket: socket.to_path_buf(),
             after: within,
         };
-        let stream = match timeout_at(deadline, UnixStream::connect(socket)).await {
-            Ok(Ok(stream)) => stream,
-            Ok(Err(error)) => return Err(Error::not_running(socket, error)),
-            Err(_) => return Err(late()),
-        };
-        let handshake =
-            hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream));
-        match timeout_at(deadline, handshake).await {
+        let conversation =
+            Conversation::connect(socket).map_err(|error| Error::not_running(socket, error))?;
+        let (wire, tasks) = (conversation.wire(), conversation.tasks());
+        let handshake = hyper::client::conn::http2::handshake(tasks.clone(), wire);
+        match conversation.until(handshake, deadline) {
             Ok(Ok((connection, driver))) => {
                 // It ends with the client; what goes wrong in it is told by the call that meets it.
-                tokio::spawn(driver);
+                tasks.execute(async { drop(driver.await) });
                 Ok(Client {
+                    conversation,
                     socket: socket.to_path_buf(),
                     within,
                     deadline,
@@ -68,7 +66,7 @@ impl Client {
                 })
             }
             Ok(Err(error)) => Err(Error::disconnected(call, socket, &error)),
-            Err(_) => Err(late()),
+            Err(Late) => Err(late()),
         }
     }
 
@@ -77,15 +75,13 @@ impl Client {
     /// # Errors
     /// See [`Error`]; [`Error::is_unsupported`] when this kubelet does not serve `Get`, [`Error::is_not_found`] when it has no
     /// such pod. [`Error::Malformed`] also when the answer is about another pod.
-    pub async fn get(&self, namespace: &str, name: &str) -> Result<Pod, Error> {
+    pub fn get(&self, namespace: &str, name: &str) -> Result<Pod, Error> {
         let call = "Get";
         let request = || wire::GetPodResourcesRequest {
             pod_name: name.to_owned(),
             pod_namespace: namespace.to_owned(),
         };
-        let answer = self
-            .call(call, async || self.lister().get(request()).await)
-            .await?;
+        let answer = self.call(call, async || self.lister().get(request()).await)?;
         let pod = answer
             .pod_resources
             .ok_or_else(|| malformed(call, "there is no pod in it"))?;
@@ -100,12 +96,10 @@ impl Client {
     ///
     /// # Errors
     /// See [`Error`].
-    pub async fn list(&self) -> Result<Vec<Pod>, Error> {
+    pub fn list(&self) -> Result<Vec<Pod>, Error> {
         let call = "List";
         let request = wire::ListPodResourcesRequest::default;
-        let answer = self
-            .call(call, async || self.lister().list(request()).await)
-            .await?;
+        let answer = self.call(call, async || self.lister().list(request()).await)?;
         let mut left = MAX_DEVICES;
         let pods = answer.pod_resources.into_iter();
         pods.map(|pod| self::pod(call, pod, &mut left)).collect()
@@ -115,14 +109,12 @@ impl Client {
     ///
     /// # Errors
     /// See [`Error`].
-    pub async fn allocatable(&self) -> Result<Vec<Devices>, Error> {
+    pub fn allocatable(&self) -> Result<Vec<Devices>, Error> {
         let call = "GetAllocatableResources";
         let request = wire::AllocatableResourcesRequest::default;
-        let answer = self
-            .call(call, async || {
-                self.lister().get_allocatable_resources(request()).await
-            })
-            .await?;
+        let answer = self.call(call, async || {
+            self.lister().get_allocatable_resources(request()).await
+        })?;
         let mut left = MAX_DEVICES;
         devices(call, answer.devices, &mut left)
     }
@@ -147,7 +139,7 @@ impl Client {
     }
 
     /// Makes a call under this client's deadline; again while the kubelet has too many questions at once.
-    async fn call<T, F>(&self, call: &'static str, make: F) -> Result<T, Error>
+    fn call<T, F>(&self, call: &'static str, make: F) -> Result<T, Error>
     where
         F: AsyncFn() -> Result<tonic::Response<T>, tonic::Status>,
     {
@@ -157,15 +149,15 @@ impl Client {
             after: self.within,
         };
         loop {
-            let error = match timeout_at(self.deadline, make()).await {
+            let error = match self.conversation.until(make(), self.deadline) {
                 Ok(Ok(answer)) => return Ok(answer.into_inner()),
                 Ok(Err(status)) => Error::from_status(call, &self.socket, &status),
-                Err(_) => return Err(late()),
+                Err(Late) => return Err(late()),
             };
             if !error.is_throttled() || Instant::now() + AGAIN >= self.deadline {
                 return Err(error);
             }
-            sleep(AGAIN).await;
+            std::thread::sleep(AGAIN);
         }
     }
 }

@@ -9,6 +9,7 @@
 //! With the feature `server`, `wire` has the other side of the API, for a stand-in of the kubelet in tests.
 
 mod client;
+mod conversation;
 mod error;
 #[cfg(not(any(test, feature = "server")))]
 mod wire;

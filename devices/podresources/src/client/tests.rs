@@ -1,8 +1,11 @@
-use std::future::pending;
+use std::future::{Future, pending};
+use std::io::Read as _;
+use std::os::unix::net::UnixStream;
 
 use futures_util::stream;
 use proptest::prelude::*;
 use tokio::net::UnixListener;
+use tokio::runtime::Runtime;
 use tonic::{Response, Status, async_trait};
 
 use super::*;
@@ -99,33 +102,56 @@ fn sample() -> wire::PodResources {
     }
 }
 
-/// A kubelet behind a socket, and a client of it.
-async fn client(manner: Manner, within: Duration) -> (tempfile::TempDir, Client) {
+/// What serves a socket, in threads of its own until it is dropped.
+struct Served {
+    socket: PathBuf,
+    _runtime: Runtime,
+    _dir: tempfile::TempDir,
+}
+
+fn serve<F: Future<Output = ()> + Send + 'static>(with: impl FnOnce(UnixListener) -> F) -> Served {
     let dir = tempfile::tempdir().unwrap();
     let socket = dir.path().join("kubelet.sock");
-    let listener = UnixListener::bind(&socket).unwrap();
-    let incoming = stream::unfold(listener, async |listener| {
-        let accepted = listener.accept().await.map(|(connection, _)| connection);
-        Some((accepted, listener))
-    });
+    let runtime = Runtime::new().unwrap();
+    let listener = {
+        let _inside = runtime.enter();
+        UnixListener::bind(&socket).unwrap()
+    };
+    runtime.spawn(with(listener));
+    Served {
+        socket,
+        _runtime: runtime,
+        _dir: dir,
+    }
+}
+
+/// A kubelet behind a socket, and a client of it.
+fn client(manner: Manner, within: Duration) -> (Served, Client) {
     let service = PodResourcesListerServer::new(Kubelet {
         manner,
         calls: 0.into(),
     });
-    tokio::spawn(tonic::transport::Server::builder().serve_with_incoming(service, incoming));
-    let client = Client::connect(&socket, within).await.unwrap();
-    (dir, client)
+    let served = serve(async |listener| {
+        let incoming = stream::unfold(listener, async |listener| {
+            let accepted = listener.accept().await.map(|(connection, _)| connection);
+            Some((accepted, listener))
+        });
+        let server = tonic::transport::Server::builder();
+        server.serve_with_incoming(service, incoming).await.unwrap();
+    });
+    let client = Client::connect(&served.socket, within).unwrap();
+    (served, client)
 }
 
 const SOON: Duration = Duration::from_secs(10);
 
-#[tokio::test]
-async fn all_calls_tell_what_was_given() {
-    let (_dir, client) = client(Manner::Answer(sample()), SOON).await;
-    let pod = client.get("lab", "train").await.unwrap();
-    assert_eq!(client.list().await.unwrap(), std::slice::from_ref(&pod));
+#[test]
+fn all_calls_tell_what_was_given() {
+    let (_dir, client) = client(Manner::Answer(sample()), SOON);
+    let pod = client.get("lab", "train").unwrap();
+    assert_eq!(client.list().unwrap(), std::slice::from_ref(&pod));
     let devices = &pod.containers[0].devices;
-    assert_eq!(&client.allocatable().await.unwrap(), devices);
+    assert_eq!(&client.allocatable().unwrap(), devices);
     assert_eq!(devices[0].numa_nodes, [1]);
     let given: Vec<_> = pod.plugin_devices().collect();
     assert_eq!(
@@ -140,17 +166,17 @@ async fn all_calls_tell_what_was_given() {
     assert_eq!(pod.containers[0].claims[0].driver, "gpu.nvidia.com");
 }
 
-#[tokio::test]
-async fn an_answer_about_another_pod_is_refused() {
-    let (_dir, client) = client(Manner::Answer(sample()), SOON).await;
+#[test]
+fn an_answer_about_another_pod_is_refused() {
+    let (_dir, client) = client(Manner::Answer(sample()), SOON);
     for (namespace, name) in [("lab", "other"), ("other", "train")] {
-        let error = client.get(namespace, name).await.unwrap_err();
+        let error = client.get(namespace, name).unwrap_err();
         assert!(matches!(error, Error::Malformed { .. }), "{error}");
     }
 }
 
-#[tokio::test]
-async fn what_the_kubelet_says_no_to_is_told_apart() {
+#[test]
+fn what_the_kubelet_says_no_to_is_told_apart() {
     for (status, unsupported, not_found) in [
         (
             Status::unknown("PodResources API Get method disabled"),
@@ -166,64 +192,87 @@ async fn what_the_kubelet_says_no_to_is_told_apart() {
         (Status::not_found("pod train"), false, true),
         (Status::internal("the cow is on the ice"), false, false),
     ] {
-        let (_dir, client) = client(Manner::Fail(status), SOON).await;
-        let error = client.get("lab", "train").await.unwrap_err();
+        let (_dir, client) = client(Manner::Fail(status), SOON);
+        let error = client.get("lab", "train").unwrap_err();
         assert_eq!(error.is_unsupported(), unsupported, "{error}");
         assert_eq!(error.is_not_found(), not_found, "{error}");
     }
 }
 
-#[tokio::test]
-async fn a_kubelet_that_is_busy_is_asked_again() {
-    let (_dir, client) = client(Manner::Throttle, SOON).await;
-    assert_eq!(client.get("lab", "train").await.unwrap().name, "train");
+#[test]
+fn a_kubelet_that_is_busy_is_asked_again() {
+    let (_dir, client) = client(Manner::Throttle, SOON);
+    assert_eq!(client.get("lab", "train").unwrap().name, "train");
 }
 
-#[tokio::test]
-async fn the_deadline_is_for_everything_together() {
+#[test]
+fn the_deadline_is_for_everything_together() {
     let start = Instant::now();
-    let (_dir, client) = client(Manner::Hang, Duration::from_millis(200)).await;
+    let (_dir, client) = client(Manner::Hang, Duration::from_millis(200));
     for _ in 0..5 {
-        let error = client.get("lab", "train").await.unwrap_err();
+        let error = client.get("lab", "train").unwrap_err();
         assert!(matches!(error, Error::Timeout { .. }), "{error}");
         assert!(error.to_string().contains("within 0.2 s"), "{error}");
     }
     assert!(start.elapsed() < Duration::from_secs(5));
 }
 
-#[tokio::test]
-async fn nobody_or_somebody_else_behind_the_socket() {
+#[test]
+fn nobody_or_somebody_else_behind_the_socket() {
     let dir = tempfile::tempdir().unwrap();
-    let socket = dir.path().join("s");
-    let error = Client::connect(&socket, SOON).await.unwrap_err();
+    let error = Client::connect(&dir.path().join("s"), SOON).unwrap_err();
     assert!(matches!(error, Error::NotRunning { .. }), "{error}");
-    let listener = UnixListener::bind(&socket).unwrap();
-    tokio::spawn(async move {
+    let served = serve(async |listener| {
         while let Ok((mut connection, _)) = listener.accept().await {
             use tokio::io::AsyncWriteExt as _;
-            connection
-                .write_all(b"HTTP/1.1 200 OK\r\n\r\n")
-                .await
-                .unwrap();
+            let greeting = b"HTTP/1.1 200 OK\r\n\r\n";
+            connection.write_all(greeting).await.unwrap();
         }
     });
-    let client = Client::connect(&socket, SOON).await;
-    let error = match client {
-        Ok(client) => client.list().await.unwrap_err(),
-        Err(error) => error,
-    };
+    let error = Client::connect(&served.socket, SOON).and_then(|client| client.list());
+    let error = error.unwrap_err();
     assert!(matches!(error, Error::Disconnected { .. }), "{error}");
 }
 
-#[tokio::test]
-async fn too_large_and_too_many() {
+/// The kubelet is woken once for a question, and not for each of HTTP/2's frames; and a connection is not waited for.
+#[test]
+fn a_question_is_one_packet_and_a_full_queue_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("s");
+    let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    rustix::net::listen(&listener, 0).unwrap();
+    let client = Client::connect(&socket, Duration::from_millis(100)).unwrap();
+    let error = Client::connect(&socket, SOON).unwrap_err();
+    assert!(
+        error.to_string().contains("the kubelet is stuck"),
+        "{error}"
+    );
+    let error = client.get("lab", "train").unwrap_err();
+    assert!(matches!(error, Error::Timeout { .. }), "{error}");
+    let mut connection: UnixStream = listener.accept().unwrap().0;
+    let mut sent = [0; 4096];
+    let length = connection.read(&mut sent).unwrap();
+    let sent = &sent[..length];
+    assert!(sent.starts_with(b"PRI * HTTP/2.0"), "{sent:?}");
+    let asked = b"\n\x05train\x12\x03lab";
+    assert!(sent.windows(asked.len()).any(|part| part == asked));
+    // A frame of no data that ends stream 1 (RFC 9113, section 6.1).
+    assert!(sent.ends_with(&[0, 0, 0, 0, 1, 0, 0, 0, 1]), "{sent:?}");
+    // And nothing is left of a client that has gone.
+    drop(client);
+    connection.set_read_timeout(Some(SOON)).unwrap();
+    assert_eq!(connection.read(&mut [0; 16]).unwrap(), 0);
+}
+
+#[test]
+fn too_large_and_too_many() {
     let mut large = sample();
     large.containers[0].name = "x".repeat(MAX_ANSWER);
     let mut many = sample();
     many.containers[0].devices[0].device_ids = vec!["a".to_owned(); MAX_DEVICES + 1];
     for pod in [large, many] {
-        let (_dir, client) = client(Manner::Answer(pod), SOON).await;
-        let error = client.get("lab", "train").await.unwrap_err();
+        let (_dir, client) = client(Manner::Answer(pod), SOON);
+        let error = client.get("lab", "train").unwrap_err();
         assert!(matches!(error, Error::Malformed { .. }), "{error}");
     }
 }

@@ -206,24 +206,19 @@ fn lists_prefers_and_allocates(sandbox: &Sandbox) -> Result<()> {
 /// PodResources says the same, under the same IDs: that is how a runtime finds the devices of a pod.
 fn pods_are_told(site: &Site, first: &Allocated) -> Result<()> {
     let socket = kubelet_dir(&site.machine).join("pod-resources/kubelet.sock");
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
-    runtime.block_on(async {
-        let client = km_podresources::Client::connect(&socket, SOON).await?;
-        let pod = client.get("default", "first").await?;
-        let given = &pod.containers[0].devices[0];
-        ensure!(
-            given.resource == GPUS && given.ids == first.ids && given.numa_nodes == [0],
-            "{pod:?}"
-        );
-        let all = client.list().await?;
-        ensure!(all.len() == 2, "{all:?}");
-        let allocatable = client.allocatable().await?;
-        ensure!(allocatable.len() == 12, "{allocatable:?}");
-        ensure!(client.get("default", "third").await.is_err());
-        Ok(())
-    })
+    let client = km_podresources::Client::connect(&socket, SOON)?;
+    let pod = client.get("default", "first")?;
+    let given = &pod.containers[0].devices[0];
+    ensure!(
+        given.resource == GPUS && given.ids == first.ids && given.numa_nodes == [0],
+        "{pod:?}"
+    );
+    let all = client.list()?;
+    ensure!(all.len() == 2, "{all:?}");
+    let allocatable = client.allocatable()?;
+    ensure!(allocatable.len() == 12, "{allocatable:?}");
+    ensure!(client.get("default", "third").is_err());
+    Ok(())
 }
 
 fn tells_the_truth_in_time(sandbox: &Sandbox) -> Result<()> {

@@ -2,8 +2,9 @@
 //! in memory afterwards, beside what a shim that stays would take.
 
 use std::fs;
+use std::io::{Read as _, Write as _};
 use std::os::unix::fs::symlink;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -26,14 +27,17 @@ use crate::table::{Figure, Table, Unit, say};
 const CHECKED: &str = "bench-check";
 const WRITTEN: &str = "bench-write";
 
+/// journald's socket, where the shim's log goes to on most nodes.
+const JOURNAL: &str = "run/systemd/journal/socket";
+
 /// How many functions of others the bus has.
 const FOREIGN: u32 = 300;
 
 /// Runs that are not counted: files come into the page cache.
 const WARM: usize = 20;
 
-/// How often the kubelet's answer is timed.
-const ANSWERS: usize = 300;
+/// How long an answer is waited for that does not come, to learn what is asked.
+const UNHEARD: Duration = Duration::from_millis(300);
 
 /// Writes neither files nor to a terminal, and ends at once: what an inner shim costs at the least.
 const INNER: &str = "/bin/echo";
@@ -76,6 +80,7 @@ pub(crate) fn measure(sandbox: &Sandbox, runs: usize) -> Result<Table> {
     // Bundles and claims are in memory.
     fs::create_dir(root.join("run"))?;
     sandbox.cover(&root.join("run"))?;
+    fs::create_dir_all(root.join("run/systemd/journal"))?;
     let gpus = write(&root)?;
     let mut kubelet = Kubelet::new(&root.join("kubelet"), &root.join("kubelet.log"))?;
     kubelet.start()?;
@@ -88,13 +93,13 @@ pub(crate) fn measure(sandbox: &Sandbox, runs: usize) -> Result<Table> {
     let mut table = Table::default();
     let load = fs::read_to_string("/proc/loadavg")?;
     say(&format!(
-        "{runs} pairs each, {FOREIGN} functions of others on the bus; load {}. The kubelet's own answer is left out: the median of Get on a \
-         connection that is there; connecting counts.",
+        "{runs} pairs each, {FOREIGN} functions of others on the bus; load {}. The kubelet's own answer is left out: what it takes to connect, to send \
+         the very bytes that the shim sends and to get all of the answer, at the median of one such call beside each pair.",
         load.split(' ').next().unwrap_or_default()
     ));
     for case in CASES {
-        let answer = answer(&root, case)?;
         let pairs = pairs(&root, case, runs)?;
+        let answer = median(pairs.iter().map(|pair| pair.answer));
         let name = format!(
             "start, {} GPUs, config.json of {} kB",
             case.gpus,
@@ -102,10 +107,10 @@ pub(crate) fn measure(sandbox: &Sandbox, runs: usize) -> Result<Table> {
         );
         say(&format!(
             "{name}: the inner shim alone {:.2} ms at the median, with ours before it {:.2} ms, of which the kubelet's answer {answer:.2} ms",
-            median(pairs.iter().map(|pair| pair.0)),
-            median(pairs.iter().map(|pair| pair.1))
+            median(pairs.iter().map(|pair| pair.inner)),
+            median(pairs.iter().map(|pair| pair.both))
         ));
-        let added = || pairs.iter().map(|pair| pair.1 - pair.0 - answer);
+        let added = || pairs.iter().map(|pair| pair.both - pair.inner - answer);
         let mut add = |what: &str, must: f64, measured| {
             table.add(Figure {
                 work: format!("{name}: added, {what}"),
@@ -180,46 +185,102 @@ fn write(root: &Path) -> Result<Vec<String>> {
     Ok(gpus)
 }
 
-/// Milliseconds of the kubelet's answer about a pod, at the median.
-fn answer(root: &Path, case: &Case) -> Result<f64> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
-    let socket = root.join("kubelet/pod-resources/kubelet.sock");
-    runtime.block_on(async {
-        let client = Client::connect(&socket, Duration::from_secs(60)).await?;
-        let mut took = Vec::new();
-        for _ in 0..ANSWERS {
-            let begin = Instant::now();
-            client.get("default", case.pod).await?;
-            took.push(begin.elapsed().as_secs_f64() * 1000.0);
+/// What the shim sends to ask about a pod.
+struct Question {
+    socket: PathBuf,
+    bytes: Vec<u8>,
+}
+
+impl Question {
+    fn learn(root: &Path, case: &Case) -> Result<Question> {
+        let deaf = root.join("deaf.sock");
+        let listener = UnixListener::bind(&deaf)?;
+        let asks = std::thread::spawn({
+            let deaf = deaf.clone();
+            let pod = case.pod;
+            move || Client::connect(&deaf, UNHEARD).and_then(|client| client.get("default", pod))
+        });
+        let mut bytes = Vec::new();
+        listener.accept()?.0.read_to_end(&mut bytes)?;
+        let asked = asks
+            .join()
+            .map_err(|_| anyhow::anyhow!("asking has panicked"))?;
+        ensure!(asked.is_err(), "somebody has answered");
+        fs::remove_file(deaf)?;
+        let socket = root.join("kubelet/pod-resources/kubelet.sock");
+        Ok(Question { socket, bytes })
+    }
+
+    /// Milliseconds until all of the answer is there.
+    fn ask(&self) -> Result<f64> {
+        let mut answer = Vec::new();
+        let mut chunk = [0; 4096];
+        let begin = Instant::now();
+        let mut connection = UnixStream::connect(&self.socket)?;
+        connection.set_read_timeout(Some(Duration::from_secs(10)))?;
+        connection.write_all(&self.bytes)?;
+        while !is_whole(&answer) {
+            let read = connection.read(&mut chunk)?;
+            ensure!(read > 0, "the kubelet has hung up");
+            answer.extend_from_slice(&chunk[..read]);
         }
-        Ok(median(took.into_iter()))
-    })
+        Ok(begin.elapsed().as_secs_f64() * 1000.0)
+    }
+}
+
+/// Whether an HTTP/2 answer has its trailers: headers (frame type 1) that end the stream (flag 1; RFC 9113, sections 4.1 and 6.2).
+fn is_whole(mut answer: &[u8]) -> bool {
+    while let [a, b, c, kind, flags, _, _, _, _, rest @ ..] = answer {
+        if (*kind, flags & 1) == (1, 1) {
+            return true;
+        }
+        let length = u32::from_be_bytes([0, *a, *b, *c]) as usize;
+        answer = rest.get(length..).unwrap_or_default();
+    }
+    false
 }
 
 fn shim(root: &Path, handler: &str) -> PathBuf {
     root.join(format!("containerd-shim-{handler}-v2"))
 }
 
-/// Milliseconds of the inner shim alone, and of ours with it, again and again; who is first changes each time.
-fn pairs(root: &Path, case: &Case, runs: usize) -> Result<Vec<(f64, f64)>> {
+/// Milliseconds of the inner shim alone, of ours with it, and of the kubelet's answer.
+struct Pair {
+    inner: f64,
+    both: f64,
+    answer: f64,
+}
+
+/// Pairs, again and again; who is first changes each time.
+fn pairs(root: &Path, case: &Case, runs: usize) -> Result<Vec<Pair>> {
     let spec = spec(case);
     let (inner, ours) = (root.join("inner"), shim(root, case.handler));
+    let question = Question::learn(root, case)?;
+    let journal = UnixDatagram::bind(root.join(JOURNAL))?;
+    journal.set_nonblocking(true)?;
     let mut found = Vec::with_capacity(runs);
     for run in 0..runs + WARM {
         let once = |program: &Path| once(root, program, &ours, case, &spec);
-        let pair = if run % 2 == 0 {
-            let alone = once(&inner)?;
-            (alone, once(&ours)?)
-        } else {
-            let both = once(&ours)?;
-            (once(&inner)?, both)
-        };
+        let first = if run % 2 == 0 { &inner } else { &ours };
+        let second = if run % 2 == 0 { &ours } else { &inner };
+        let (one, other) = (once(first)?, once(second)?);
+        let answer = question.ask()?;
+        let entry = journal.recv(&mut [0; 4096]);
+        entry.context("the shim has not written to its log")?;
         if run >= WARM {
-            found.push(pair);
+            let (inner, both) = if run % 2 == 0 {
+                (one, other)
+            } else {
+                (other, one)
+            };
+            found.push(Pair {
+                inner,
+                both,
+                answer,
+            });
         }
     }
+    fs::remove_file(root.join(JOURNAL))?;
     Ok(found)
 }
 
