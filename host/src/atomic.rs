@@ -22,10 +22,18 @@ use crate::Error;
 /// # Errors
 /// When any step fails; the old file is then untouched and the temporary file removed.
 pub fn write(path: &Path, bytes: &[u8], new_mode: u32) -> Result<(), Error> {
+    write_parts(path, &[bytes], new_mode)
+}
+
+/// Creates or replaces a file by parts that follow each other, as [`write()`] does.
+///
+/// # Errors
+/// As [`write()`].
+pub fn write_parts(path: &Path, parts: &[&[u8]], new_mode: u32) -> Result<(), Error> {
     let target = follow(path)?;
     let temporary = leftover_path(&target);
     remove_file_quietly(&temporary)?;
-    let result = write_temporary(&target, &temporary, bytes, new_mode)
+    let result = write_temporary(&target, &temporary, parts, new_mode)
         .and_then(|()| rename(&temporary, &target));
     if result.is_err() {
         // The first error is the one to report; a leftover is replaced by the next write.
@@ -37,7 +45,7 @@ pub fn write(path: &Path, bytes: &[u8], new_mode: u32) -> Result<(), Error> {
 fn write_temporary(
     target: &Path,
     temporary: &Path,
-    bytes: &[u8],
+    parts: &[&[u8]],
     new_mode: u32,
 ) -> Result<(), Error> {
     let mut file = OpenOptions::new()
@@ -46,8 +54,10 @@ fn write_temporary(
         .mode(0o600)
         .open(temporary)
         .map_err(Error::io("create", temporary))?;
-    file.write_all(bytes)
-        .map_err(Error::io("write", temporary))?;
+    for part in parts {
+        file.write_all(part)
+            .map_err(Error::io("write", temporary))?;
+    }
     match File::open(target) {
         Ok(old) => copy_attributes(&old, &file)
             .map_err(Error::io("copy owner, mode and attributes to", temporary))?,

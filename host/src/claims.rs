@@ -6,10 +6,11 @@
 //!
 //! It must not know what a generation or a device is: they are data here.
 
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -25,6 +26,9 @@ const FORMAT: u32 = 1;
 
 /// The largest claim that is read, in bytes: a sandbox has tens of devices, not thousands.
 const LARGEST: u64 = 256 * 1024;
+
+/// The most that is read of a file in `/proc`, in bytes. A process's stat has some three hundred.
+const PROC: u64 = 4096;
 
 /// The lock's name in the folder.
 const LOCK: &str = ".lock";
@@ -132,7 +136,7 @@ impl<'a> Claims<'a> {
         let pid = std::process::id();
         let stat = self.proc(&format!("{pid}/stat"));
         let gone = || io::Error::new(io::ErrorKind::InvalidData, "it does not tell a start time");
-        let text = fs::read_to_string(&stat).map_err(Error::io("read", &stat))?;
+        let text = read_proc(&stat).map_err(Error::io("read", &stat))?;
         Ok(Starter {
             pid,
             started: start_time(&text).ok_or_else(|| Error::io("read", &stat)(gone()))?,
@@ -175,23 +179,15 @@ impl<'a> Claims<'a> {
     /// When the folder cannot be listed or a file not removed.
     pub fn sweep(&self) -> Result<Vec<Found>, Error> {
         let mut living = Vec::new();
-        for found in self.list()? {
+        let (claims, leftovers) = self.names()?;
+        for found in claims.iter().filter_map(|name| self.read(name)) {
             match &found {
                 Found::Claim(claim) if !self.is_alive(claim) => self.remove(&claim.sandbox)?,
                 _ => living.push(found),
             }
         }
-        let entries = match fs::read_dir(&self.dir) {
-            Ok(entries) => entries,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(living),
-            Err(error) => return Err(Error::io("list", &self.dir)(error)),
-        };
-        for entry in entries {
-            let entry = entry.map_err(Error::io("list", &self.dir))?;
-            let name = entry.file_name();
-            if name.as_encoded_bytes().starts_with(b".") && name != LOCK {
-                atomic::remove_file(&entry.path())?;
-            }
+        for name in leftovers {
+            atomic::remove_file(&self.dir.join(name))?;
         }
         Ok(living)
     }
@@ -201,22 +197,31 @@ impl<'a> Claims<'a> {
     /// # Errors
     /// When the folder cannot be listed; an absent one has none.
     pub fn list(&self) -> Result<Vec<Found>, Error> {
+        let (claims, _) = self.names()?;
+        Ok(claims.iter().filter_map(|name| self.read(name)).collect())
+    }
+
+    /// The names of the claims, in order, and of those that were being written.
+    fn names(&self) -> Result<(Vec<String>, Vec<OsString>), Error> {
+        let (mut claims, mut leftovers) = (Vec::new(), Vec::new());
         let entries = match fs::read_dir(&self.dir) {
             Ok(entries) => entries,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Ok((claims, leftovers));
+            }
             Err(error) => return Err(Error::io("list", &self.dir)(error)),
         };
-        let mut names = Vec::new();
         for entry in entries {
             let name = entry.map_err(Error::io("list", &self.dir))?.file_name();
-            let name = name.to_string_lossy().into_owned();
-            // A name with a dot in front is one that is being written.
-            if name.ends_with(".json") && !name.starts_with('.') {
-                names.push(name);
+            if name.as_encoded_bytes().starts_with(b".") {
+                leftovers.extend((name != LOCK).then_some(name));
+                continue;
             }
+            let name = name.to_string_lossy().into_owned();
+            claims.extend(name.ends_with(".json").then_some(name));
         }
-        names.sort();
-        Ok(names.iter().filter_map(|name| self.read(name)).collect())
+        claims.sort();
+        Ok((claims, leftovers))
     }
 
     /// What is found under a sandbox's name; `None` where it has no claim.
@@ -240,7 +245,7 @@ impl<'a> Claims<'a> {
         if bundle.is_ok_and(|bundle| bundle.symlink_metadata().is_ok()) {
             return true;
         }
-        fs::read_to_string(self.proc(&format!("{}/stat", claim.process.pid)))
+        read_proc(&self.proc(&format!("{}/stat", claim.process.pid)))
             .is_ok_and(|stat| start_time(&stat) == Some(claim.process.started))
     }
 
@@ -303,7 +308,7 @@ impl<'a> Claims<'a> {
 
     fn boot(&self) -> Result<String, Error> {
         let path = self.proc("sys/kernel/random/boot_id");
-        let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+        let text = read_proc(&path).map_err(Error::io("read", &path))?;
         Ok(text.trim().to_owned())
     }
 
@@ -312,13 +317,20 @@ impl<'a> Claims<'a> {
     }
 }
 
+/// Reads a file whose size the kernel does not tell, at once: a reader that does not know it begins with some bytes and doubles them.
+fn read_proc(path: &Path) -> io::Result<String> {
+    let mut text = String::with_capacity(1024);
+    File::open(path)?.take(PROC).read_to_string(&mut text)?;
+    Ok(text)
+}
+
 /// Field 22 of a process's stat; the name before it may hold anything, so it is skipped from its last parenthesis.
 fn start_time(stat: &str) -> Option<u64> {
     let (_, after) = stat.rsplit_once(')')?;
     after.split_ascii_whitespace().nth(19)?.parse().ok()
 }
 
-fn write_new(path: &std::path::Path, bytes: &[u8]) -> Result<(), Error> {
+fn write_new(path: &Path, bytes: &[u8]) -> Result<(), Error> {
     use std::io::Write as _;
     let mut file = fs::OpenOptions::new()
         .write(true)

@@ -1,6 +1,7 @@
 //! A sandbox's config.json (OCI runtime specification, config.md and config-linux.md): what of it matters here, and VFIO nodes written
 //! into it. Text in, text out: what is not touched keeps its bytes, so unknown fields, numbers of any size and the order of keys stay.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Deserializer};
@@ -133,42 +134,86 @@ pub fn is_vfio_node(path: &str) -> bool {
         .is_some_and(|name| name != "vfio" && !name.is_empty())
 }
 
-/// Reads what matters.
-///
-/// # Errors
-/// [`BundleError`].
-pub fn read(text: &str) -> Result<Facts, BundleError> {
-    let spec: Spec<'_> = object(text).map_err(malformed)?;
-    let annotations = spec.annotations.unwrap_or_default();
-    let linux: Linux<'_> = inside(spec.linux).map_err(malformed)?;
-    let devices = list(linux.devices).map_err(malformed)?.into_iter();
-    let devices: Result<Vec<Device>, _> = devices.map(|device| object(device.get())).collect();
-    let role = match annotations.get(CONTAINER_TYPE).map(String::as_str) {
-        Some("container") => Role::Container,
-        _ => Role::Sandbox,
-    };
-    let pod = match (
+/// A sandbox's config.json, read once: it may be large, and the sandbox waits.
+#[derive(Debug)]
+pub struct Bundle<'a> {
+    /// What matters of it.
+    pub facts: Facts,
+    text: &'a str,
+    linux: Option<&'a RawValue>,
+}
+
+impl<'a> Bundle<'a> {
+    /// Reads it.
+    ///
+    /// # Errors
+    /// [`BundleError`].
+    pub fn read(text: &'a str) -> Result<Bundle<'a>, BundleError> {
+        let spec: Spec<'_> = object(text).map_err(malformed)?;
+        let annotations = spec.annotations.unwrap_or_default();
+        let linux: Linux<'_> = inside(spec.linux).map_err(malformed)?;
+        let devices = list(linux.devices).map_err(malformed)?.into_iter();
+        let devices: Result<Vec<Device>, _> = devices.map(|device| object(device.get())).collect();
+        let role = match annotations.get(CONTAINER_TYPE).map(String::as_str) {
+            Some("container") => Role::Container,
+            _ => Role::Sandbox,
+        };
+        let nodes = devices
+            .map_err(malformed)?
+            .into_iter()
+            .map(|device| device.path);
+        let facts = Facts {
+            role,
+            pod: pod(&annotations)?,
+            annotated: annotated(&annotations)?,
+            nodes: nodes.filter(|path| is_vfio_node(path)).collect(),
+        };
+        let linux = spec.linux;
+        Ok(Bundle { facts, text, linux })
+    }
+
+    /// The specification with these nodes in `linux.devices`, and allowed in `linux.resources.devices`, after those that are there; in parts
+    /// that follow each other.
+    ///
+    /// # Errors
+    /// When the specification has something else in the place of these lists.
+    pub fn with_nodes(&self, nodes: &[Node]) -> Result<Vec<Cow<'a, str>>, BundleError> {
+        let text = self.text;
+        if nodes.is_empty() {
+            return Ok(vec![text.into()]);
+        }
+        let old = self.linux.map_or("{}", RawValue::get);
+        let new = add(old, &["devices"], &joined(nodes.iter().map(device)))?;
+        let new = add(
+            &new,
+            &["resources", "devices"],
+            &joined(nodes.iter().map(rule)),
+        )?;
+        if self.linux.is_some() {
+            let at = old.as_ptr() as usize - text.as_ptr() as usize;
+            let after = &text[at + old.len()..];
+            return Ok(vec![text[..at].into(), new.into(), after.into()]);
+        }
+        // After the beginning of the whole, which is an object.
+        let at = text.len() - text.trim_start().len() + 1;
+        let comma = comma(text.trim());
+        let new = format!("\"linux\":{new}{comma}");
+        Ok(vec![text[..at].into(), new.into(), text[at..].into()])
+    }
+}
+
+/// The pod's namespace and name.
+fn pod(annotations: &BTreeMap<String, String>) -> Result<Option<(String, String)>, BundleError> {
+    match (
         annotations.get(SANDBOX_NAMESPACE),
         annotations.get(SANDBOX_NAME),
     ) {
-        (Some(namespace), Some(name)) => Some((namespace.clone(), name.clone())),
-        (None, None) if !annotations.contains_key(CONTAINER_TYPE) => None,
-        _ => {
-            return Err(malformed(format!(
-                "it is a pod's sandbox and has no annotations {SANDBOX_NAMESPACE} and {SANDBOX_NAME}"
-            )));
-        }
-    };
-    let nodes = devices
-        .map_err(malformed)?
-        .into_iter()
-        .map(|device| device.path);
-    Ok(Facts {
-        role,
-        pod,
-        annotated: annotated(&annotations)?,
-        nodes: nodes.filter(|path| is_vfio_node(path)).collect(),
-    })
+        (Some(namespace), Some(name)) => Ok(Some((namespace.clone(), name.clone()))),
+        (None, None) if !annotations.contains_key(CONTAINER_TYPE) => Ok(None),
+        _ => Err(malformed(format!(
+            "it is a pod's sandbox and has no annotations {SANDBOX_NAMESPACE} and {SANDBOX_NAME}"
+        ))),
+    }
 }
 
 /// The devices that annotations name, with commas between (CDI, pkg/cdi/annotations.go, `ParseAnnotations`).
@@ -212,62 +257,51 @@ pub struct Node {
     pub number: (u32, u32),
 }
 
-/// The specification with these nodes in `linux.devices`, and allowed in `linux.resources.devices`, after those that are there.
-///
-/// # Errors
-/// When the specification has something else in the place of these lists.
-pub fn with_nodes(text: &str, nodes: &[Node]) -> Result<String, BundleError> {
-    if nodes.is_empty() {
-        return Ok(text.to_owned());
-    }
-    let devices = nodes.iter().map(|node| {
-        let path = serde_json::Value::from(node.path.as_str());
-        let (major, minor) = node.number;
-        format!(
-            "{{\"path\":{path},\"type\":\"c\",\"major\":{major},\"minor\":{minor},\"fileMode\":384,\"uid\":0,\"gid\":0}}"
-        )
-    });
-    let rules = nodes.iter().map(|node| {
-        let (major, minor) = node.number;
-        format!(
-            "{{\"allow\":true,\"type\":\"c\",\"major\":{major},\"minor\":{minor},\"access\":\"rwm\"}}"
-        )
-    });
-    let text = add(text, &["linux", "devices"], &joined(devices))?;
-    add(&text, &["linux", "resources", "devices"], &joined(rules))
+fn device(node: &Node) -> String {
+    let path = serde_json::Value::from(node.path.as_str());
+    let (major, minor) = node.number;
+    format!(
+        "{{\"path\":{path},\"type\":\"c\",\"major\":{major},\"minor\":{minor},\"fileMode\":384,\"uid\":0,\"gid\":0}}"
+    )
+}
+
+fn rule(node: &Node) -> String {
+    let (major, minor) = node.number;
+    format!(
+        "{{\"allow\":true,\"type\":\"c\",\"major\":{major},\"minor\":{minor},\"access\":\"rwm\"}}"
+    )
 }
 
 fn joined(items: impl Iterator<Item = String>) -> String {
     items.collect::<Vec<_>>().join(",")
 }
 
-/// Adds items to a list below the root, and makes what is not there on the way.
-fn add(text: &str, path: &[&str], items: &str) -> Result<String, BundleError> {
-    let found = locate(text, path).map_err(malformed)?;
+/// What is to stand between something new and what a list or object has already.
+fn comma(value: &str) -> &'static str {
+    match value[1..value.len() - 1].trim().is_empty() {
+        true => "",
+        false => ",",
+    }
+}
+
+/// Adds items to a list below `linux`, and makes what is not there on the way.
+fn add(linux: &str, path: &[&str], items: &str) -> Result<String, BundleError> {
+    let found = locate(linux, path).map_err(malformed)?;
     // What is not there is made from the inside out.
     let mut new = format!("[{items}]");
     for key in path[found.depth..].iter().skip(1).rev() {
         new = format!("{{\"{key}\":{new}}}");
     }
     let value = found.value;
-    let end = value.trim_end().len().saturating_sub(1);
     let (at, length, insert) = match (value.as_bytes().first(), path.get(found.depth)) {
         // The list itself: before its end.
         (Some(b'['), None) => {
-            let comma = if value[1..end].trim().is_empty() {
-                ""
-            } else {
-                ","
-            };
-            (end, 0, format!("{comma}{items}"))
+            let comma = comma(value);
+            (value.len() - 1, 0, format!("{comma}{items}"))
         }
         // An object that lacks the next key: after its beginning.
         (Some(b'{'), Some(key)) => {
-            let comma = if value[1..end].trim().is_empty() {
-                ""
-            } else {
-                ","
-            };
+            let comma = comma(value);
             (1, 0, format!("\"{key}\":{new}{comma}"))
         }
         _ if value == "null" => {
@@ -277,45 +311,41 @@ fn add(text: &str, path: &[&str], items: &str) -> Result<String, BundleError> {
             };
             (0, value.len(), whole)
         }
-        _ => return Err(malformed(format!("{} has another form", path.join(".")))),
+        _ => {
+            return Err(malformed(format!(
+                "linux.{} has another form",
+                path.join(".")
+            )));
+        }
     };
-    let at = found.offset + at;
-    Ok([&text[..at], &insert, &text[at + length..]].concat())
+    let at = value.as_ptr() as usize - linux.as_ptr() as usize + at;
+    Ok([&linux[..at], &insert, &linux[at + length..]].concat())
 }
 
-/// The deepest value on a path that is there.
+/// The deepest value on a path that is there, without white space around it.
 struct Located<'a> {
     value: &'a str,
-    /// Where it begins in the text.
-    offset: usize,
     /// How many keys lead to it.
     depth: usize,
 }
 
-fn locate<'a>(text: &'a str, path: &[&str]) -> Result<Located<'a>, serde_json::Error> {
-    let whole: &RawValue = serde_json::from_str(text)?;
-    let offset = |value: &RawValue| value.get().as_ptr() as usize - text.as_ptr() as usize;
+fn locate<'a>(linux: &'a str, path: &[&str]) -> Result<Located<'a>, serde_json::Error> {
+    let whole: &RawValue = serde_json::from_str(linux)?;
     let located = |value: &'a RawValue, depth| Located {
         value: value.get(),
-        offset: offset(value),
         depth,
     };
-    let spec: Spec<'a> = object(text)?;
-    let Some(linux) = spec.linux else {
+    let inner: Linux<'a> = inside(Some(whole))?;
+    if let ["devices"] = path {
+        return Ok(inner.devices.map_or(located(whole, 0), |v| located(v, 1)));
+    }
+    let Some(resources) = inner.resources else {
         return Ok(located(whole, 0));
-    };
-    let inner: Linux<'a> = inside(Some(linux))?;
-    let next = match path.get(1) {
-        Some(&"devices") => return Ok(inner.devices.map_or(located(linux, 1), |v| located(v, 2))),
-        _ => inner.resources,
-    };
-    let Some(resources) = next else {
-        return Ok(located(linux, 1));
     };
     let deepest: Resources<'a> = inside(Some(resources))?;
     Ok(deepest
         .devices
-        .map_or(located(resources, 2), |v| located(v, 3)))
+        .map_or(located(resources, 1), |v| located(v, 2)))
 }
 
 #[cfg(test)]

@@ -45,7 +45,7 @@ pub fn catalogue(root: &Root) -> Result<Catalogue, Error> {
 pub fn look(root: &Root, wanted: &[Wanted], claims: &[Found]) -> Result<Seen, Error> {
     let mut seen = Seen::default();
     for one in wanted {
-        let behind = behind(root, &one.node);
+        let behind = behind(root, &mut seen, &one.node);
         for address in &behind {
             meet(root, &mut seen, *address);
         }
@@ -58,12 +58,8 @@ pub fn look(root: &Root, wanted: &[Wanted], claims: &[Found]) -> Result<Seen, Er
         .filter_map(|function| function.iommu_group)
         .collect();
     for id in groups {
-        if !seen.groups.contains_key(&id) {
-            let members = glance::group(root, id);
-            for address in &members {
-                meet(root, &mut seen, *address);
-            }
-            seen.groups.insert(id, members);
+        for address in group(root, &mut seen, id) {
+            meet(root, &mut seen, address);
         }
     }
     seen.used = claimed(claims);
@@ -71,13 +67,25 @@ pub fn look(root: &Root, wanted: &[Wanted], claims: &[Found]) -> Result<Seen, Er
     Ok(seen)
 }
 
-fn behind(root: &Root, node: &str) -> Vec<Address> {
+fn behind(root: &Root, seen: &mut Seen, node: &str) -> Vec<Address> {
     if let Some(name) = node.strip_prefix(CDEVS) {
         return glance::character_device(root, name).into_iter().collect();
     }
-    let group = node.strip_prefix("/dev/vfio/");
-    let group = group.and_then(|name| name.parse().ok());
-    group.map_or_else(Vec::new, |id| glance::group(root, id))
+    let id = node.strip_prefix("/dev/vfio/");
+    let id = id.and_then(|name| name.parse().ok());
+    id.map_or_else(Vec::new, |id| group(root, seen, id))
+}
+
+/// The members of a group, which is listed once; none when there is no such group.
+fn group(root: &Root, seen: &mut Seen, id: u32) -> Vec<Address> {
+    if let Some(members) = seen.groups.get(&id) {
+        return members.clone();
+    }
+    let members = glance::group(root, id);
+    if !members.is_empty() {
+        seen.groups.insert(id, members.clone());
+    }
+    members
 }
 
 fn meet(root: &Root, seen: &mut Seen, address: Address) {

@@ -1,6 +1,7 @@
 //! A sandbox's `start`: look, decide, claim, write. What goes wrong refuses the start, and leaves config.json and the claims as they
 //! were.
 
+use std::borrow::Cow;
 use std::fs::File;
 use std::io::{self, Read as _};
 use std::os::unix::fs::FileTypeExt as _;
@@ -11,7 +12,7 @@ use km_host::claims::{Claim, Claims, Found};
 use km_host::lock::LockError;
 use km_host::{Error, Root, atomic};
 
-use crate::bundle::{self, BundleError, Facts, Node, Role};
+use crate::bundle::{self, Bundle, BundleError, Facts, Node, Role};
 use crate::call::Start;
 use crate::decide::{self, Asked, Catalogue, Decision, Given, Refusal, Wanted};
 use crate::kubelet::{self, AskError};
@@ -101,12 +102,13 @@ pub fn prepare(
         path: path.clone(),
         why,
     };
-    let facts = bundle::read(&text).map_err(spec_error)?;
+    let bundle = Bundle::read(&text).map_err(spec_error)?;
+    let facts = &bundle.facts;
     if facts.role == Role::Container {
         return Ok(None);
     }
     let case = case(settings);
-    let (asked, wanted) = wanted(root, settings, &facts, case)?;
+    let (asked, wanted) = wanted(root, settings, facts, case)?;
     if !wanted.is_empty() {
         before_devices();
     }
@@ -124,22 +126,26 @@ pub fn prepare(
     let seen = look::look(root, &wanted, &others)?;
     let decision = decide::decide(&asked, &wanted, case, settings.companions, &seen)?;
     let nodes = nodes(root, &decision)?;
-    let text = match nodes.is_empty() {
+    let edited = match nodes.is_empty() {
         true => None,
-        false => Some(bundle::with_nodes(&text, &nodes).map_err(spec_error)?),
+        false => Some(bundle.with_nodes(&nodes).map_err(spec_error)?),
     };
     let claim = claim(root, &claims, settings, start, dir, &decision)?;
     claims.create(&claim)?;
     // From here on the claim dies with the bundle; and with this start, when it fails.
-    if let Some(text) = text
-        && let Err(error) = atomic::write(&path, text.as_bytes(), 0o600)
+    let write = |parts: Vec<Cow<'_, str>>| {
+        let parts: Vec<&[u8]> = parts.iter().map(|part| part.as_bytes()).collect();
+        atomic::write_parts(&path, &parts, 0o600)
+    };
+    if let Some(parts) = edited
+        && let Err(error) = write(parts)
     {
         claims.remove(&start.id)?;
         return Err(error.into());
     }
     drop(lock);
     Ok(Some(Prepared {
-        pod: facts.pod,
+        pod: bundle.facts.pod,
         decision,
     }))
 }

@@ -37,31 +37,28 @@ pub struct Glance {
 impl Glance {
     /// Looks at a function; `None` when there is none.
     pub fn at(root: &Root, address: Address) -> Option<Glance> {
-        let sysfs = Sysfs::new(root);
-        let dir = format!("{DEVICES}/{address}");
+        let folder = Sysfs::new(root).folder(format!("{DEVICES}/{address}"))?;
         let hex = |name: &str| {
-            let text = sysfs.text(format!("{dir}/{name}"))?;
+            let text = folder.text(name)?;
             u32::from_str_radix(text.strip_prefix("0x")?, 16).ok()
         };
         let class = hex("class")?;
         let vendor = u16::try_from(hex("vendor")?).ok()?;
-        let vfio_device = sysfs
-            .names(format!("{dir}/vfio-dev"))
-            .into_iter()
-            .find(|name| is_vfio_device(name));
+        let vfio_device = folder.names("vfio-dev");
+        let vfio_device = vfio_device.into_iter().find(|name| is_vfio_device(name));
         Some(Glance {
             address,
             kind: (!is_bridge(class)).then(|| Kind::of(vendor, class)),
             class,
-            driver: sysfs.link_name(format!("{dir}/driver")),
-            iommu_group: sysfs
-                .link_name(format!("{dir}/iommu_group"))
+            driver: folder.link_name("driver"),
+            iommu_group: folder
+                .link_name("iommu_group")
                 .and_then(|name| name.parse().ok()),
             vfio_device,
-            numa_node: sysfs
-                .number::<i32>(format!("{dir}/numa_node"))
-                .and_then(|node| u16::try_from(node).ok()),
-            dead: sysfs.bytes(format!("{dir}/config"), 4).as_deref() == Some(&[0xff; 4]),
+            numa_node: folder
+                .text("numa_node")
+                .and_then(|node| u16::try_from(node.parse::<i32>().ok()?).ok()),
+            dead: folder.bytes("config", 4).as_deref() == Some(&[0xff; 4]),
         })
     }
 

@@ -4,14 +4,16 @@
 //! pipe in the place of an attribute), never leaves the root, and gives `None` for what is not there or cannot be read.
 //! What must be there is asked for with [`Sysfs::require_folder`].
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::Read;
-use std::os::unix::ffi::OsStringExt;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
 
 use km_host::Root;
-use rustix::fs::OFlags;
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
 
 /// The longest attribute that is read, in bytes. The kernel gives at most one page.
 pub(crate) const ATTRIBUTE: usize = 4096;
@@ -37,18 +39,18 @@ impl<'a> Sysfs<'a> {
     /// A file's first bytes, at most `limit`.
     pub(crate) fn bytes(&self, path: impl AsRef<Path>, limit: usize) -> Option<Vec<u8>> {
         let fd = self.root.open(path.as_ref(), OFlags::RDONLY).ok()?;
-        let mut bytes = Vec::new();
-        File::from(fd)
-            .take(limit as u64)
-            .read_to_end(&mut bytes)
-            .ok()?;
-        Some(bytes)
+        read(fd, limit)
     }
 
     /// An attribute's text without the white space around it. Bytes that are not UTF-8 and control characters become U+FFFD.
     pub(crate) fn text(&self, path: impl AsRef<Path>) -> Option<String> {
-        let bytes = self.bytes(path, ATTRIBUTE)?;
-        Some(printable(String::from_utf8_lossy(&bytes).trim()))
+        Some(text(&self.bytes(path, ATTRIBUTE)?))
+    }
+
+    /// Opens a folder, of which several things are read.
+    pub(crate) fn folder(&self, path: impl AsRef<Path>) -> Option<Folder> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY;
+        self.root.open(path.as_ref(), flags).ok().map(Folder)
     }
 
     /// An attribute's text as it stands, for what has several lines and is parsed.
@@ -64,11 +66,7 @@ impl<'a> Sysfs<'a> {
 
     /// The last part of a link's target, such as a driver's name.
     pub(crate) fn link_name(&self, path: impl AsRef<Path>) -> Option<String> {
-        let target = self.link(path)?;
-        let name = Path::new(&target).file_name()?.to_str()?;
-        name.chars()
-            .all(|char| !char.is_control())
-            .then(|| name.to_owned())
+        last_part(&self.link(path)?)
     }
 
     /// A link's target as it stands.
@@ -119,22 +117,82 @@ impl<'a> Sysfs<'a> {
         let path = path.as_ref();
         let names = || -> std::io::Result<Vec<String>> {
             let fd = self.root.open(path, OFlags::RDONLY | OFlags::DIRECTORY)?;
-            let mut names = Vec::new();
-            for entry in rustix::fs::Dir::new(fd)?.take(ENTRIES) {
-                // An entry that cannot be read ends the listing; what came before it counts.
-                let Ok(entry) = entry else { break };
-                if let Ok(name) = entry.file_name().to_str()
-                    && name != "."
-                    && name != ".."
-                {
-                    names.push(name.to_owned());
-                }
-            }
-            names.sort_unstable();
-            Ok(names)
+            Ok(self::names(fd)?)
         };
         names().map_err(km_host::Error::io("list", path))
     }
+}
+
+/// A folder that is open. What is read of it is in it by that name: no link is followed.
+#[derive(Debug)]
+pub(crate) struct Folder(OwnedFd);
+
+impl Folder {
+    fn open(&self, name: &str, flags: OFlags) -> Option<OwnedFd> {
+        let flags = flags
+            | OFlags::NOFOLLOW
+            | OFlags::CLOEXEC
+            // Nothing is waited for, and no terminal becomes ours.
+            | OFlags::NONBLOCK
+            | OFlags::NOCTTY;
+        rustix::fs::openat(&self.0, name, flags, Mode::empty()).ok()
+    }
+
+    /// As [`Sysfs::bytes`].
+    pub(crate) fn bytes(&self, name: &str, limit: usize) -> Option<Vec<u8>> {
+        read(self.open(name, OFlags::RDONLY)?, limit)
+    }
+
+    /// As [`Sysfs::text`].
+    pub(crate) fn text(&self, name: &str) -> Option<String> {
+        Some(text(&self.bytes(name, ATTRIBUTE)?))
+    }
+
+    /// As [`Sysfs::link_name`].
+    pub(crate) fn link_name(&self, name: &str) -> Option<String> {
+        let target = rustix::fs::readlinkat(&self.0, name, Vec::new()).ok()?;
+        last_part(OsStr::from_bytes(target.as_bytes()))
+    }
+
+    /// As [`Sysfs::names`].
+    pub(crate) fn names(&self, name: &str) -> Vec<String> {
+        let fd = self.open(name, OFlags::RDONLY | OFlags::DIRECTORY);
+        fd.and_then(|fd| names(fd).ok()).unwrap_or_default()
+    }
+}
+
+fn read(fd: OwnedFd, limit: usize) -> Option<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let mut file = File::from(fd).take(limit as u64);
+    file.read_to_end(&mut bytes).ok()?;
+    Some(bytes)
+}
+
+fn text(bytes: &[u8]) -> String {
+    printable(String::from_utf8_lossy(bytes).trim())
+}
+
+fn last_part(target: &OsStr) -> Option<String> {
+    let name = Path::new(target).file_name()?.to_str()?;
+    name.chars()
+        .all(|char| !char.is_control())
+        .then(|| name.to_owned())
+}
+
+fn names(fd: OwnedFd) -> Result<Vec<String>, Errno> {
+    let mut names = Vec::new();
+    for entry in rustix::fs::Dir::new(fd)?.take(ENTRIES) {
+        // An entry that cannot be read ends the listing; what came before it counts.
+        let Ok(entry) = entry else { break };
+        if let Ok(name) = entry.file_name().to_str()
+            && name != "."
+            && name != ".."
+        {
+            names.push(name.to_owned());
+        }
+    }
+    names.sort_unstable();
+    Ok(names)
 }
 
 /// A text without control characters, so that it can be printed on a terminal.

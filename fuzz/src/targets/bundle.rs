@@ -1,6 +1,6 @@
 //! A sandbox's config.json with its annotations: read, decided on without a kubelet, and written to.
 
-use km_shim::bundle::{self, Node};
+use km_shim::bundle::{Bundle, Node};
 use km_shim::decide::{self, Asked, Catalogue, Given};
 use km_shim::table::{Case, Containerd};
 use km_topology::{Flavor, Kata, Version};
@@ -13,13 +13,15 @@ pub(crate) fn run(bytes: &[u8]) {
         path: "/dev/vfio/7".to_owned(),
         number: (243, 7),
     };
-    let Ok(facts) = bundle::read(text) else {
+    let Ok(bundle) = Bundle::read(text) else {
         return;
     };
-    if let Ok(edited) = bundle::with_nodes(text, &[node]) {
+    let facts = &bundle.facts;
+    if let Ok(edited) = bundle.with_nodes(&[node]) {
+        let edited = edited.concat();
         let mut nodes = facts.nodes.clone();
         nodes.push("/dev/vfio/7".to_owned());
-        let again = bundle::read(&edited).map(|facts| facts.nodes);
+        let again = Bundle::read(&edited).map(|bundle| bundle.facts.nodes);
         assert_eq!(again.as_ref(), Ok(&nodes), "{edited}");
     }
     let names = facts.annotated.iter().cloned();

@@ -3,6 +3,16 @@ use serde_json::{Value, json};
 
 use super::*;
 
+fn read(text: &str) -> Result<Facts, BundleError> {
+    Bundle::read(text).map(|bundle| bundle.facts)
+}
+
+fn with_nodes(text: &str, nodes: &[Node]) -> Result<String, BundleError> {
+    Bundle::read(text)?
+        .with_nodes(nodes)
+        .map(|parts| parts.concat())
+}
+
 fn nodes() -> Vec<Node> {
     vec![
         Node {
