@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use km_host::{Error, Root};
 use km_podresources::{Client, Pod};
-use rustix::fs::OFlags;
 
 use crate::decide::Given;
 use crate::settings::Settings;
@@ -38,18 +37,15 @@ pub fn ask(
     settings: &Settings,
     pod: Option<&(String, String)>,
 ) -> Result<Given, AskError> {
-    let socket = &settings.kubelet_socket;
-    let there = match root.open(socket.as_path(), OFlags::PATH) {
-        Ok(_) => true,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => false,
-        Err(error) => return Err(Error::io("look at", socket.as_path())(error).into()),
-    };
-    let (true, Some((namespace, name))) = (there, pod) else {
+    let Some((namespace, name)) = pod else {
         return Ok(Given::NoKubelet);
     };
-    let socket = root.resolve(socket)?;
+    let socket = root.resolve(&settings.kubelet_socket)?;
     let within = Duration::from_millis(settings.kubelet_timeout_ms);
-    let client = Client::connect(&socket, within)?;
+    let client = match Client::connect(&socket, within) {
+        Err(error) if error.is_absent() => return Ok(Given::NoKubelet),
+        client => client?,
+    };
     match client.get(namespace, name) {
         Ok(pod) => Ok(given(&pod, true)),
         Err(error) if error.is_unsupported() => {

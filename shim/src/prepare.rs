@@ -84,17 +84,17 @@ pub struct Prepared {
     pub decision: Decision,
 }
 
-/// Prepares a sandbox whose bundle is in `dir`; `None` for a container of a sandbox that runs. `before_devices` is called before any
-/// function is looked at: one that is broken may not answer.
+/// Prepares a sandbox whose bundle is in `dir`; `None` for a container of a sandbox that runs. `watch` is called before any
+/// function is looked at, as one that is broken may not answer; what it gives is dropped when all of them have.
 ///
 /// # Errors
 /// [`PrepareError`]: the sandbox must not start.
-pub fn prepare(
+pub fn prepare<W>(
     root: &Root,
     settings: &Settings,
     start: &Start,
     dir: &Path,
-    before_devices: impl FnOnce(),
+    watch: impl FnOnce() -> W,
 ) -> Result<Option<Prepared>, PrepareError> {
     let path = dir.join(bundle::FILE);
     let text = read(&path)?;
@@ -109,9 +109,7 @@ pub fn prepare(
     }
     let case = case(settings);
     let (asked, wanted) = wanted(root, settings, facts, case)?;
-    if !wanted.is_empty() {
-        before_devices();
-    }
+    let watched = (!wanted.is_empty()).then(watch);
     let claims = Claims::open(root)?;
     let lock = claims.lock(LOCK_WAIT)?;
     let others = claims.sweep()?;
@@ -126,6 +124,7 @@ pub fn prepare(
     let seen = look::look(root, &wanted, &others)?;
     let decision = decide::decide(&asked, &wanted, case, settings.companions, &seen)?;
     let nodes = nodes(root, &decision)?;
+    drop(watched);
     let edited = match nodes.is_empty() {
         true => None,
         false => Some(bundle.with_nodes(&nodes).map_err(spec_error)?),

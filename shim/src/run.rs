@@ -6,6 +6,7 @@ use std::io::{self, Write as _};
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::mpsc::{RecvTimeoutError, Sender};
 use std::time::Duration;
 
 use km_host::{Error, HostPath, Root};
@@ -22,7 +23,7 @@ const HOST_ROOT: &str = "KATA_MANAGER_HOST_ROOT";
 /// What a refused start exits with: 3, as kata-manager itself (refused), and 1 when the inner shim cannot be run.
 const REFUSED: u8 = 3;
 
-/// The longest that preparing may take; it takes milliseconds. The kubelet has a deadline of its own, in the settings.
+/// The longest that looking at devices may take; it takes milliseconds. The kubelet has a deadline of its own, in the settings.
 const DEADLINE: Duration = Duration::from_secs(15);
 
 /// Does what `argv` asks for. It comes back only when the inner shim is not run; that has been said on standard error, which
@@ -94,20 +95,23 @@ fn start_sandbox(
     Err(refused)
 }
 
-/// Ends a start with devices that does not come to an end: a file of the kernel's that a broken device does not answer, for one. The thread ends with
-/// this program's image when the inner shim takes its place.
-fn watch() {
-    let late = || {
-        std::thread::sleep(DEADLINE);
-        // Nobody is left to tell when this fails.
-        let _ = writeln!(
-            io::stderr(),
-            "kata-manager: this node's devices could not be checked within {DEADLINE:?}: something does not answer; see \"kata-manager devices list\""
-        );
-        std::process::exit(i32::from(REFUSED));
+/// Ends a start whose devices do not answer, a file of the kernel's of a broken device for one, unless what it gives is dropped before. The
+/// thread ends then; were it still there when the inner shim takes this program's place, the kernel would have to wait for it.
+fn watch() -> Sender<Infallible> {
+    let (looking, looked) = std::sync::mpsc::channel();
+    let wait = move || {
+        if looked.recv_timeout(DEADLINE) == Err(RecvTimeoutError::Timeout) {
+            // Nobody is left to tell when this fails.
+            let _ = writeln!(
+                io::stderr(),
+                "kata-manager: this node's devices could not be checked within {DEADLINE:?}: something does not answer; see \"kata-manager devices list\""
+            );
+            std::process::exit(i32::from(REFUSED));
+        }
     };
     // Without the thread the start is not bounded, and still right.
-    let _ = std::thread::Builder::new().spawn(late);
+    let _ = std::thread::Builder::new().spawn(wait);
+    looking
 }
 
 fn words(settings: &Settings, prepared: &Prepared) -> String {

@@ -103,6 +103,11 @@ impl Error {
         matches!(self, Error::Rpc { code, .. } if *code == Code::ResourceExhausted)
     }
 
+    /// Whether there is no socket at all: no kubelet has run here since the boot, or its root directory is elsewhere.
+    pub fn is_absent(&self) -> bool {
+        matches!(self, Error::NotRunning { why, .. } if why.kind() == io::ErrorKind::NotFound)
+    }
+
     pub(crate) fn not_running(socket: &Path, why: io::Error) -> Error {
         let hint = match why.kind() {
             io::ErrorKind::NotFound => {

@@ -50,11 +50,11 @@ pub(crate) fn run(command: &mut Command, servers: &[u32]) -> Result<Cost> {
         .spawn()
         .with_context(|| format!("start {}", name.display()))?;
     let watched = watch(&child);
-    let wall = started.elapsed().as_secs_f64();
     let after = (busy()?, ours(servers)?);
     let cpu = processor_time(child.id());
     let status = child.wait().context("take the end of a program")?;
-    let rss = watched?;
+    let (ended, rss) = watched?;
+    let wall = ended.duration_since(started).as_secs_f64();
     if !status.success() {
         bail!(
             "{} ended with {status}:\n{}",
@@ -91,8 +91,9 @@ pub(crate) fn own<T>(servers: &[u32], work: impl FnOnce() -> Result<T>) -> Resul
     })
 }
 
-/// Waits for the end of a child without taking it, so that /proc still tells of it. Gives its peak memory in bytes.
-fn watch(child: &Child) -> Result<f64> {
+/// Waits for the end of a child without taking it, so that /proc still tells of it. Gives the moment, which is before the sampler has woken
+/// up and ended, and the child's peak memory in bytes.
+fn watch(child: &Child) -> Result<(Instant, f64)> {
     let id = child.id();
     let pid = i32::try_from(id).ok().and_then(Pid::from_raw);
     let pid = pid.context("a process without a number")?;
@@ -120,12 +121,13 @@ fn watch(child: &Child) -> Result<f64> {
                 other => break other,
             }
         };
+        let end = Instant::now();
         ended.store(true, Ordering::Relaxed);
         let Ok(peak) = sampler.join() else {
             bail!("the thread that watches memory panicked");
         };
         waited.context("wait for a program")?;
-        Ok(peak as f64)
+        Ok((end, peak as f64))
     })
 }
 

@@ -42,6 +42,9 @@ const UNHEARD: Duration = Duration::from_millis(300);
 /// Writes neither files nor to a terminal, and ends at once: what an inner shim costs at the least.
 const INNER: &str = "/bin/echo";
 
+/// A program that does nothing but become another: what is added by being there.
+const THROUGH: &str = "/usr/bin/env";
+
 /// A pod: its name, the handler, how many GPUs it has, and the bytes of its config.json.
 struct Case {
     pod: &'static str,
@@ -106,9 +109,11 @@ pub(crate) fn measure(sandbox: &Sandbox, runs: usize) -> Result<Table> {
             case.bytes / 1000
         );
         say(&format!(
-            "{name}: the inner shim alone {:.2} ms at the median, with ours before it {:.2} ms, of which the kubelet's answer {answer:.2} ms",
+            "{name}: the inner shim alone {:.2} ms at the median, with ours before it {:.2} ms, of which the kubelet's answer {answer:.2} ms; with {THROUGH} before \
+             it {:.2} ms",
             median(pairs.iter().map(|pair| pair.inner)),
-            median(pairs.iter().map(|pair| pair.both))
+            median(pairs.iter().map(|pair| pair.both)),
+            median(pairs.iter().map(|pair| pair.through))
         ));
         let added = || pairs.iter().map(|pair| pair.both - pair.inner - answer);
         let mut add = |what: &str, must: f64, measured| {
@@ -244,10 +249,11 @@ fn shim(root: &Path, handler: &str) -> PathBuf {
     root.join(format!("containerd-shim-{handler}-v2"))
 }
 
-/// Milliseconds of the inner shim alone, of ours with it, and of the kubelet's answer.
+/// Milliseconds of the inner shim alone, of ours with it, of [`THROUGH`] with it, and of the kubelet's answer.
 struct Pair {
     inner: f64,
     both: f64,
+    through: f64,
     answer: f64,
 }
 
@@ -260,10 +266,11 @@ fn pairs(root: &Path, case: &Case, runs: usize) -> Result<Vec<Pair>> {
     journal.set_nonblocking(true)?;
     let mut found = Vec::with_capacity(runs);
     for run in 0..runs + WARM {
-        let once = |program: &Path| once(root, program, &ours, case, &spec);
+        let once = |words: &[&Path]| once(root, words, &ours, case, &spec);
         let first = if run % 2 == 0 { &inner } else { &ours };
         let second = if run % 2 == 0 { &ours } else { &inner };
-        let (one, other) = (once(first)?, once(second)?);
+        let (one, other) = (once(&[first])?, once(&[second])?);
+        let through = once(&[THROUGH.as_ref(), &inner])?;
         let answer = question.ask()?;
         let entry = journal.recv(&mut [0; 4096]);
         entry.context("the shim has not written to its log")?;
@@ -276,6 +283,7 @@ fn pairs(root: &Path, case: &Case, runs: usize) -> Result<Vec<Pair>> {
             found.push(Pair {
                 inner,
                 both,
+                through,
                 answer,
             });
         }
@@ -285,13 +293,16 @@ fn pairs(root: &Path, case: &Case, runs: usize) -> Result<Vec<Pair>> {
 }
 
 /// One `start`, as containerd calls it: its milliseconds. The bundle and the claim are gone afterwards.
-fn once(root: &Path, program: &Path, name: &Path, case: &Case, spec: &str) -> Result<f64> {
+/// `words` are the program and what stands before the call's own arguments.
+fn once(root: &Path, words: &[&Path], name: &Path, case: &Case, spec: &str) -> Result<f64> {
+    let (program, more) = words.split_first().context("a program to run")?;
     let bundle = root.join("run/bundle");
     fs::create_dir_all(&bundle)?;
     fs::write(bundle.join("config.json"), spec)?;
     let mut command = Command::new(program);
     command
         .arg0(name)
+        .args(more)
         .args([
             "-namespace",
             "k8s.io",
@@ -316,7 +327,7 @@ fn once(root: &Path, program: &Path, name: &Path, case: &Case, spec: &str) -> Re
     );
     fs::remove_dir_all(&bundle)?;
     let claim = root.join(format!("run/kata-manager/sandboxes/{}.json", case.pod));
-    match (program == name, fs::remove_file(&claim)) {
+    match (*program == name, fs::remove_file(&claim)) {
         (true, Err(error)) => Err(error).context("the shim has left no claim"),
         (false, Ok(())) => Err(anyhow::anyhow!("the inner shim has left a claim")),
         _ => Ok(took),
