@@ -151,6 +151,7 @@ impl Client {
         loop {
             let error = match self.conversation.until(make(), self.deadline) {
                 Ok(Ok(answer)) => return Ok(answer.into_inner()),
+                Ok(Err(_)) if Instant::now() >= self.deadline => return Err(late()),
                 Ok(Err(status)) => Error::from_status(call, &self.socket, &status),
                 Err(Late) => return Err(late()),
             };

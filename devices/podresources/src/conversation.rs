@@ -56,6 +56,8 @@ impl Conversation {
                 socket: socket.into(),
                 unsent: Vec::new(),
                 empty: false,
+                full: false,
+                deadline: Instant::now(),
                 lost: None,
             }))),
             tasks: Tasks::default(),
@@ -81,6 +83,7 @@ impl Conversation {
         let mut future = pin!(future);
         let waker = Waker::from(Arc::clone(&self.woken));
         let mut context = Context::from_waker(&waker);
+        self.wire.0.borrow_mut().deadline = deadline;
         loop {
             self.woken.0.store(true, Ordering::Relaxed);
             while self.woken.0.swap(false, Ordering::Relaxed) {
@@ -89,7 +92,7 @@ impl Conversation {
                 }
                 self.tasks.poll(&mut context);
             }
-            self.wire.wait(deadline)?;
+            self.wire.wait()?;
         }
     }
 }
@@ -141,6 +144,10 @@ struct Line {
     unsent: Vec<u8>,
     /// Whether all that had come was read when it was last looked at.
     empty: bool,
+    /// Whether somebody waits for room to write, or for all to be sent.
+    full: bool,
+    /// When it has taken too long.
+    deadline: Instant,
     /// Why nothing can be sent any more.
     lost: Option<io::Error>,
 }
@@ -162,18 +169,22 @@ impl Line {
 }
 
 impl Wire {
-    /// Sends, and waits until the socket has something new.
-    fn wait(&self, deadline: Instant) -> Result<(), Late> {
+    /// Sends, and waits until the socket has something new, or there is room again.
+    fn wait(&self) -> Result<(), Late> {
         let mut line = self.0.borrow_mut();
+        let before = line.unsent.len();
         if let Err(error) = line.send() {
             // Whoever reads next is told.
             line.lost = Some(error);
             return Ok(());
         }
+        if std::mem::take(&mut line.full) && line.unsent.len() < before {
+            return Ok(());
+        }
         let mut events = PollFlags::IN;
         events.set(PollFlags::OUT, !line.unsent.is_empty());
         loop {
-            let left = deadline.saturating_duration_since(Instant::now());
+            let left = line.deadline.saturating_duration_since(Instant::now());
             let left = left.try_into().map_err(|_| Late)?;
             let mut sockets = [PollFd::new(&line.socket, events)];
             match rustix::event::poll(&mut sockets, Some(&left)) {
@@ -204,6 +215,10 @@ impl hyper::rt::Read for Wire {
         }
         if line.empty {
             return Poll::Pending;
+        }
+        // Who talks without end is read without a pause.
+        if Instant::now() >= line.deadline {
+            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
         }
         let mut chunk = [0; CHUNK];
         let room = CHUNK.min(buffer.remaining());
@@ -238,6 +253,7 @@ impl hyper::rt::Write for Wire {
         let room = UNSENT.saturating_sub(line.unsent.len());
         if room == 0 {
             // It is sent before the socket is waited for, and then all is polled again.
+            line.full = true;
             return Poll::Pending;
         }
         let taken = room.min(bytes.len());
@@ -253,6 +269,94 @@ impl hyper::rt::Write for Wire {
     fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
         let mut line = self.0.borrow_mut();
         line.send()?;
+        if !line.unsent.is_empty() {
+            line.full = true;
+            return Poll::Pending;
+        }
         Poll::Ready(line.socket.shutdown(std::net::Shutdown::Write))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+    use std::os::unix::net::UnixListener;
+    use std::time::Duration;
+
+    use hyper::rt::{Read as _, ReadBuf, Write as _};
+
+    use super::*;
+
+    fn pair() -> (tempfile::TempDir, Conversation, UnixStream) {
+        let dir = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(dir.path().join("s")).unwrap();
+        let conversation = Conversation::connect(&dir.path().join("s")).unwrap();
+        let peer = listener.accept().unwrap().0;
+        (dir, conversation, peer)
+    }
+
+    /// Reads once; `None` at the end.
+    async fn read(mut wire: Wire) -> io::Result<Option<u8>> {
+        let mut byte = [0];
+        poll_fn(|context| {
+            let mut buffer = ReadBuf::new(&mut byte);
+            Pin::new(&mut wire)
+                .poll_read(context, buffer.unfilled())
+                .map_ok(|()| buffer.filled().first().copied())
+        })
+        .await
+    }
+
+    #[test]
+    fn whoever_always_has_more_to_say_is_cut_off() {
+        let (_dir, conversation, mut peer) = pair();
+        peer.write_all(b"abc").unwrap();
+        let later = Instant::now() + Duration::from_secs(30);
+        let first = conversation.until(read(conversation.wire()), later);
+        assert_eq!(first.unwrap().unwrap(), Some(b'a'));
+        let over = conversation.until(read(conversation.wire()), Instant::now());
+        assert_eq!(over.unwrap().unwrap_err().kind(), io::ErrorKind::TimedOut);
+    }
+
+    #[test]
+    fn silence_ends_with_the_deadline_and_a_connection_with_its_end() {
+        let (_dir, conversation, peer) = pair();
+        let soon = Instant::now() + Duration::from_millis(20);
+        assert!(conversation.until(read(conversation.wire()), soon).is_err());
+        assert!(Instant::now() >= soon);
+        drop(peer);
+        let later = Instant::now() + Duration::from_secs(30);
+        let end = conversation.until(read(conversation.wire()), later);
+        assert_eq!(end.unwrap().unwrap(), None);
+    }
+
+    /// More than is gathered at a time, and more than a socket holds. The peer makes room between the writer's turn and the next wait, so that
+    /// nothing new comes by which it could be woken.
+    #[test]
+    fn all_that_is_written_arrives() {
+        let (_dir, conversation, mut peer) = pair();
+        peer.set_nonblocking(true).unwrap();
+        let all: Vec<u8> = (0..2 << 20).map(|at: u32| at.to_le_bytes()[1]).collect();
+        let (mut wire, mut at, mut got) = (conversation.wire(), 0, Vec::new());
+        let talk = poll_fn(|context| {
+            let mut wire = Pin::new(&mut wire);
+            while at < all.len()
+                && let Poll::Ready(written) = wire.as_mut().poll_write(context, &all[at..])
+            {
+                at += written?;
+            }
+            if at == all.len()
+                && let Poll::Ready(end) = wire.poll_shutdown(context)
+            {
+                return Poll::Ready(end);
+            }
+            let full = peer.read_to_end(&mut got).unwrap_err();
+            assert_eq!(full.kind(), io::ErrorKind::WouldBlock);
+            Poll::Pending
+        });
+        let later = Instant::now() + Duration::from_secs(30);
+        conversation.until(talk, later).unwrap().unwrap();
+        peer.read_to_end(&mut got).unwrap();
+        assert!(got == all);
     }
 }
