@@ -486,11 +486,13 @@ impl<'a> Plan<'a> {
                     "is not bound to VFIO: {driver}; \"kata-manager devices bind\" hands it over"
                 ));
             }
-            let group = function
-                .iommu_group
-                .and_then(|id| self.seen.groups.get(&id));
-            let Some(group) = group else {
+            let Some(id) = function.iommu_group else {
                 return unfit("has no IOMMU group: switch the IOMMU on".to_owned());
+            };
+            let Some(group) = self.seen.groups.get(&id) else {
+                return unfit(format!(
+                    "names the IOMMU group {id}, which lists no function: it comes or goes just now; start the pod again"
+                ));
             };
             let members = group
                 .iter()

@@ -1,6 +1,7 @@
 //! Asks the kubelet which devices a pod has: `Get`, and `List` where it does not serve that. Fails closed: a kubelet that is there and
 //! does not answer in time ends the start.
 
+use std::path::Path;
 use std::time::Duration;
 
 use km_host::{Error, Root};
@@ -8,6 +9,9 @@ use km_podresources::{Client, Pod};
 
 use crate::decide::Given;
 use crate::settings::Settings;
+
+/// How long a kubelet that starts again is waited for, which takes its socket away and puts a new one there at once.
+const RESTART: Duration = Duration::from_millis(50);
 
 /// Why it is not known what the kubelet gave.
 #[derive(Debug, thiserror::Error)]
@@ -43,7 +47,10 @@ pub fn ask(
     let socket = root.resolve(&settings.kubelet_socket)?;
     let within = Duration::from_millis(settings.kubelet_timeout_ms);
     let client = match Client::connect(&socket, within) {
-        Err(error) if error.is_absent() => return Ok(Given::NoKubelet),
+        Err(error) if error.is_absent() => match again(&socket, within)? {
+            Some(client) => client,
+            None => return Ok(Given::NoKubelet),
+        },
         client => client?,
     };
     match client.get(namespace, name) {
@@ -59,6 +66,18 @@ pub fn ask(
                 })
         }
         Err(error) => Err(error.into()),
+    }
+}
+
+/// Looks once more where a kubelet has been: one that starts again has no socket for a moment, and may have asked for this sandbox before.
+fn again(socket: &Path, within: Duration) -> Result<Option<Client>, km_podresources::Error> {
+    if !socket.parent().is_some_and(Path::is_dir) {
+        return Ok(None);
+    }
+    std::thread::sleep(RESTART);
+    match Client::connect(socket, within) {
+        Err(error) if error.is_absent() => Ok(None),
+        client => client.map(Some),
     }
 }
 

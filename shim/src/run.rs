@@ -76,7 +76,7 @@ fn start_sandbox(
 ) -> Result<Infallible, Refused> {
     let prepare = || {
         let dir = std::env::current_dir().map_err(Error::io("find", "the bundle"))?;
-        prepare::prepare(root, settings, start, &dir, watch)
+        prepare::prepare(root, settings, start, &dir, || watch(DEADLINE, late))
     };
     match prepare() {
         Ok(None) => {}
@@ -97,21 +97,25 @@ fn start_sandbox(
 
 /// Ends a start whose devices do not answer, a file of the kernel's of a broken device for one, unless what it gives is dropped before. The
 /// thread ends then; were it still there when the inner shim takes this program's place, the kernel would have to wait for it.
-fn watch() -> Sender<Infallible> {
+fn watch(within: Duration, late: impl FnOnce() + Send + 'static) -> Sender<Infallible> {
     let (looking, looked) = std::sync::mpsc::channel();
     let wait = move || {
-        if looked.recv_timeout(DEADLINE) == Err(RecvTimeoutError::Timeout) {
-            // Nobody is left to tell when this fails.
-            let _ = writeln!(
-                io::stderr(),
-                "kata-manager: this node's devices could not be checked within {DEADLINE:?}: something does not answer; see \"kata-manager devices list\""
-            );
-            std::process::exit(i32::from(REFUSED));
+        if looked.recv_timeout(within) == Err(RecvTimeoutError::Timeout) {
+            late();
         }
     };
     // Without the thread the start is not bounded, and still right.
     let _ = std::thread::Builder::new().spawn(wait);
     looking
+}
+
+fn late() {
+    // Nobody is left to tell when this fails.
+    let _ = writeln!(
+        io::stderr(),
+        "kata-manager: this node's devices could not be checked within {DEADLINE:?}: something does not answer; see \"kata-manager devices list\""
+    );
+    std::process::exit(i32::from(REFUSED));
 }
 
 fn words(settings: &Settings, prepared: &Prepared) -> String {
@@ -158,4 +162,28 @@ fn load(root: &Root, program: &str) -> Result<Settings, SettingsError> {
     let handler = settings::handler_of(program)
         .ok_or_else(|| SettingsError::Name(program.chars().take(100).collect()))?;
     settings::load(root, handler)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_watch_tells_when_it_is_late_and_ends_when_all_have_answered() {
+        let soon = Duration::from_millis(20);
+        let (tells, told) = std::sync::mpsc::channel();
+        let watched = watch(soon, move || tells.send("late").unwrap_or_default());
+        assert_eq!(told.recv_timeout(DEADLINE), Ok("late"));
+        drop(watched);
+
+        let (tells, told) = std::sync::mpsc::channel();
+        drop(watch(DEADLINE, move || {
+            tells.send("late").unwrap_or_default();
+        }));
+        // Its end, and nothing said.
+        assert_eq!(
+            told.recv_timeout(DEADLINE / 2),
+            Err(RecvTimeoutError::Disconnected)
+        );
+    }
 }

@@ -15,6 +15,9 @@ pub const LIMIT: usize = 1 << 20;
 /// How deep a spec may nest. The deepest that CDI knows is six: spec, devices, device, edits, nodes, node.
 const DEPTH: usize = 16;
 
+/// Characters that end a line for readers of YAML 1.1 alone, as containerd's is (YAML 1.1, section 5.4; YAML 1.2.2, section 5.4).
+const BREAKS: [char; 3] = ['\u{85}', '\u{2028}', '\u{2029}'];
+
 /// The version of our specs: the first that takes names of devices that begin with a digit (CDI, SPEC.md, "Released versions"), the
 /// one that NVIDIA's documents show, and the last that containerd 1.7.0 knows.
 const VERSION: Version = (0, 5, 0);
@@ -217,10 +220,15 @@ impl Spec {
             return Err(SpecError::TooLong);
         }
         let text = std::str::from_utf8(bytes).map_err(|_| malformed("it is not UTF-8"))?;
-        // JSON is YAML, but for details such as tabs; and its reader does no more than it must. YAML's comments may stand before it.
-        let body = after_comments(text);
+        if text.contains(BREAKS) {
+            return Err(malformed(
+                "it has U+0085, U+2028 or U+2029, which end a line in YAML 1.1 and not in 1.2: readers would see different specs",
+            ));
+        }
+        // JSON is YAML, but for details such as tabs; and its reader does no more than it must.
+        let body = after_mark(text).unwrap_or(text);
         let json = || serde_json::from_str(body).ok();
-        let spec: Spec = match body.starts_with('{').then(json).flatten() {
+        let spec: Spec = match body.trim_start().starts_with('{').then(json).flatten() {
             Some(spec) => spec,
             None => from_yaml(text)?,
         };
@@ -368,14 +376,11 @@ impl Spec {
     }
 }
 
-/// What is after the white space and the lines that begin with `#`.
-fn after_comments(text: &str) -> &str {
-    let mut rest = text.trim_start();
-    while let Some(comment) = rest.strip_prefix('#') {
-        rest = comment.split_once('\n').map_or("", |(_, rest)| rest);
-        rest = rest.trim_start();
-    }
-    rest
+/// What is after a first line like ours. One with anything else than letters of ASCII in it is left to YAML, which ends lines in more ways.
+fn after_mark(text: &str) -> Option<&str> {
+    let (line, rest) = text.split_once('\n')?;
+    let plain = line.bytes().all(|byte| matches!(byte, b' '..=b'~'));
+    (plain && line.starts_with(MARK)).then_some(rest)
 }
 
 fn from_yaml(text: &str) -> Result<Spec, SpecError> {

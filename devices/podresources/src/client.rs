@@ -42,6 +42,12 @@ impl Client {
     /// # Errors
     /// [`Error::NotRunning`] when nothing accepts the connection, [`Error::Timeout`], [`Error::Disconnected`].
     pub fn connect(socket: &Path, within: Duration) -> Result<Client, Error> {
+        let conversation =
+            Conversation::connect(socket).map_err(|error| Error::not_running(socket, error))?;
+        Client::over(conversation, socket, within)
+    }
+
+    fn over(conversation: Conversation, socket: &Path, within: Duration) -> Result<Client, Error> {
         let call = "connect";
         let deadline = Instant::now() + within;
         let late = || Error::Timeout {
@@ -49,8 +55,6 @@ impl Client {
             socket: socket.to_path_buf(),
             after: within,
         };
-        let conversation =
-            Conversation::connect(socket).map_err(|error| Error::not_running(socket, error))?;
         let (wire, tasks) = (conversation.wire(), conversation.tasks());
         let handshake = hyper::client::conn::http2::handshake(tasks.clone(), wire);
         match conversation.until(handshake, deadline) {

@@ -51,9 +51,14 @@ impl Conversation {
         let family = AddressFamily::UNIX;
         let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, None)?;
         rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
-        Ok(Conversation {
+        Ok(Conversation::over(socket.into()))
+    }
+
+    /// A conversation on a socket that is there and does not block.
+    pub(crate) fn over(socket: UnixStream) -> Conversation {
+        Conversation {
             wire: Wire(Rc::new(RefCell::new(Line {
-                socket: socket.into(),
+                socket,
                 unsent: Vec::new(),
                 empty: false,
                 full: false,
@@ -62,7 +67,7 @@ impl Conversation {
             }))),
             tasks: Tasks::default(),
             woken: Arc::default(),
-        })
+        }
     }
 
     /// The socket, for hyper.
@@ -91,6 +96,9 @@ impl Conversation {
                     return Ok(output);
                 }
                 self.tasks.poll(&mut context);
+                if Instant::now() >= deadline {
+                    return Err(Late);
+                }
             }
             self.wire.wait()?;
         }
@@ -125,7 +133,11 @@ impl Tasks {
         // They may make others meanwhile.
         let mut tasks = self.0.take();
         tasks.retain_mut(|task| task.as_mut().poll(context).is_pending());
-        self.0.borrow_mut().append(&mut tasks);
+        let mut all = self.0.borrow_mut();
+        if !all.is_empty() {
+            context.waker().wake_by_ref();
+        }
+        all.append(&mut tasks);
     }
 }
 
@@ -314,8 +326,15 @@ mod tests {
         let later = Instant::now() + Duration::from_secs(30);
         let first = conversation.until(read(conversation.wire()), later);
         assert_eq!(first.unwrap().unwrap(), Some(b'a'));
+        // By whoever reads as long as there is something,
         let over = conversation.until(read(conversation.wire()), Instant::now());
         assert_eq!(over.unwrap().unwrap_err().kind(), io::ErrorKind::TimedOut);
+        // and between the turns of those who always want another.
+        let restless = poll_fn(|context| {
+            context.waker().wake_by_ref();
+            Poll::<()>::Pending
+        });
+        assert!(conversation.until(restless, Instant::now()).is_err());
     }
 
     #[test]

@@ -135,6 +135,30 @@ fn what_cdi_refuses_is_refused() {
     assert!(with("intelRdt: {enableMBM: true}").contains("no more"));
 }
 
+/// containerd's reader ends a comment in more ways than at a line feed, and takes the first of several documents.
+#[test]
+fn below_our_mark_is_json_and_below_other_words_is_yaml() {
+    let spec = |name: &str| {
+        format!(
+            r#"{{"cdiVersion": "0.5.0", "kind": "a.com/b", "devices": [{{"name": "{name}", "containerEdits": {{"env": ["A=b"]}}}}]}}"#
+        )
+    };
+    let names = |text: &str| -> Vec<String> {
+        let parsed = Spec::parse(text.as_bytes());
+        parsed.map_or_else(|_| Vec::new(), |spec| spec.qualified().collect())
+    };
+    let (one, two) = (spec("1"), spec("2"));
+    assert_eq!(names(&format!("{MARK}.\n{one}\n")), ["a.com/b=1"]);
+    assert_eq!(names(&format!("# Of another\n\n{one}\n")), ["a.com/b=1"]);
+    for end in ['\r', '\u{85}', '\u{2028}', '\u{2029}'] {
+        let both = format!("{MARK}{end}{one}{end}--- #\n{two}\n");
+        assert_ne!(names(&both), ["a.com/b=2"], "{both:?}");
+    }
+    assert!(names(&format!("{MARK}\u{a0}\n\u{a0}{one}\n")).is_empty());
+    let doubled = one.replace("\"kind\"", "\"kind\": \"c.com/d\", \"kind\"");
+    assert!(names(&format!("{MARK}.\n{doubled}\n")).is_empty());
+}
+
 #[test]
 fn hostile_bytes_are_refused_with_short_words() {
     let deep = format!(

@@ -4,6 +4,7 @@ use std::os::unix::net::UnixStream;
 
 use futures_util::stream;
 use proptest::prelude::*;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use tokio::net::UnixListener;
 use tokio::runtime::Runtime;
 use tonic::{Response, Status, async_trait};
@@ -234,24 +235,20 @@ fn nobody_or_somebody_else_behind_the_socket() {
     assert!(matches!(error, Error::Disconnected { .. }), "{error}");
 }
 
-/// The kubelet is woken once for a question, and not for each of HTTP/2's frames; and a connection is not waited for.
+/// The kubelet is woken once for a question, and not for each of HTTP/2's frames. A socket of packets keeps apart what is written apart.
 #[test]
-fn a_question_is_one_packet_and_a_full_queue_an_error() {
-    let dir = tempfile::tempdir().unwrap();
-    let socket = dir.path().join("s");
-    let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
-    rustix::net::listen(&listener, 0).unwrap();
-    let client = Client::connect(&socket, Duration::from_millis(100)).unwrap();
-    let error = Client::connect(&socket, SOON).unwrap_err();
-    assert!(
-        error.to_string().contains("the kubelet is stuck"),
-        "{error}"
-    );
+fn a_question_is_one_packet() {
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    let (ours, theirs) =
+        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
+    let socket = PathBuf::from("/run/pair");
+    let within = Duration::from_millis(50);
+    let client = Client::over(Conversation::over(ours.into()), &socket, within).unwrap();
     let error = client.get("lab", "train").unwrap_err();
     assert!(matches!(error, Error::Timeout { .. }), "{error}");
-    let mut connection: UnixStream = listener.accept().unwrap().0;
+    let mut theirs = UnixStream::from(theirs);
     let mut sent = [0; 4096];
-    let length = connection.read(&mut sent).unwrap();
+    let length = theirs.read(&mut sent).unwrap();
     let sent = &sent[..length];
     assert!(sent.starts_with(b"PRI * HTTP/2.0"), "{sent:?}");
     let asked = b"\n\x05train\x12\x03lab";
@@ -260,8 +257,43 @@ fn a_question_is_one_packet_and_a_full_queue_an_error() {
     assert!(sent.ends_with(&[0, 0, 0, 0, 1, 0, 0, 0, 1]), "{sent:?}");
     // And nothing is left of a client that has gone.
     drop(client);
-    connection.set_read_timeout(Some(SOON)).unwrap();
-    assert_eq!(connection.read(&mut [0; 16]).unwrap(), 0);
+    let mut rest = Vec::new();
+    theirs.read_to_end(&mut rest).unwrap();
+}
+
+#[test]
+fn a_full_queue_is_not_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("s");
+    let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    rustix::net::listen(&listener, 0).unwrap();
+    let _first = Client::connect(&socket, SOON).unwrap();
+    let error = Client::connect(&socket, SOON).unwrap_err();
+    assert!(
+        error.to_string().contains("the kubelet is stuck"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_long_answer_comes_whole_and_half_of_one_is_none() {
+    let mut long = sample();
+    long.containers[0].name = "x".repeat(MAX_ANSWER / 2);
+    let (_served, client) = client(Manner::Answer(long.clone()), SOON);
+    let pod = client.get("lab", "train").unwrap();
+    assert_eq!(pod.containers[0].name, long.containers[0].name);
+
+    let served = serve(async |listener| {
+        use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+        let (mut connection, _) = listener.accept().await.unwrap();
+        let _asked = connection.read(&mut [0; 4096]).await.unwrap();
+        // Settings, and an answer's headers of which half is there.
+        let half = [0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0, 9, 1, 4, 0, 0, 0, 1, 0x88];
+        connection.write_all(&half).await.unwrap();
+    });
+    let error = Client::connect(&served.socket, SOON).and_then(|client| client.get("lab", "train"));
+    let error = error.unwrap_err();
+    assert!(matches!(error, Error::Disconnected { .. }), "{error}");
 }
 
 #[test]

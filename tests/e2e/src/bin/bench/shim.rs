@@ -96,7 +96,7 @@ pub(crate) fn measure(sandbox: &Sandbox, runs: usize) -> Result<Table> {
     let mut table = Table::default();
     let load = fs::read_to_string("/proc/loadavg")?;
     say(&format!(
-        "{runs} pairs each, {FOREIGN} functions of others on the bus; load {}. The kubelet's own answer is left out: what it takes to connect, to send \
+        "{runs} pairs each, {FOREIGN} functions of others on the bus; load {}. The exchange with the kubelet is left out: what it takes to connect, to send \
          the very bytes that the shim sends and to get all of the answer, at the median of one such call beside each pair.",
         load.split(' ').next().unwrap_or_default()
     ));
@@ -109,7 +109,7 @@ pub(crate) fn measure(sandbox: &Sandbox, runs: usize) -> Result<Table> {
             case.bytes / 1000
         );
         say(&format!(
-            "{name}: the inner shim alone {:.2} ms at the median, with ours before it {:.2} ms, of which the kubelet's answer {answer:.2} ms; with {THROUGH} before \
+            "{name}: the inner shim alone {:.2} ms at the median, with ours before it {:.2} ms, of which the exchange with the kubelet {answer:.2} ms; with {THROUGH} before \
              it {:.2} ms",
             median(pairs.iter().map(|pair| pair.inner)),
             median(pairs.iter().map(|pair| pair.both)),
