@@ -94,3 +94,25 @@ fn given(pod: &Pod, serves_get: bool) -> Given {
         serves_get,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[test]
+    fn a_kubelet_that_starts_again_is_found_where_one_has_been() {
+        let within = Duration::from_secs(10);
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("kubelet.sock");
+        let nowhere = dir.path().join("none/kubelet.sock");
+        assert!(again(&nowhere, within).unwrap().is_none());
+        assert!(again(&socket, within).unwrap().is_none());
+        let listener = UnixListener::bind(&socket).unwrap();
+        assert!(again(&socket, within).unwrap().is_some());
+        // One that is there and does not listen is no absent one.
+        drop(listener);
+        assert!(again(&socket, within).is_err());
+    }
+}

@@ -27,12 +27,6 @@ const UNSENT: usize = 16 << 10;
 /// The most bytes that are read at once; HTTP/2's smallest frames fit in, and an answer about a pod.
 const CHUNK: usize = 4096;
 
-impl std::fmt::Debug for Conversation {
-    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        out.debug_struct("Conversation").finish_non_exhaustive()
-    }
-}
-
 /// The conversation: what is to be polled, and the socket that all of it waits for.
 pub(crate) struct Conversation {
     wire: Wire,
@@ -102,6 +96,12 @@ impl Conversation {
             }
             self.wire.wait()?;
         }
+    }
+}
+
+impl std::fmt::Debug for Conversation {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        out.debug_struct("Conversation").finish_non_exhaustive()
     }
 }
 

@@ -290,6 +290,7 @@ fn what_is_not_fit_is_refused() {
         ("no IOMMU group", &|seen| {
             function(seen, |f| f.iommu_group = None)
         }),
+        ("which lists no function", &|seen| seen.groups.clear()),
         ("behind which there is no device", &|seen| {
             seen.behind.clear()
         }),
