@@ -5,9 +5,13 @@
 use std::ffi::OsString;
 use std::fs;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStringExt;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+
+use rustix::io::Errno;
+use rustix::net::sockopt::socket_peercred;
+use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use crate::{Error, HostPath, Root};
 
@@ -30,26 +34,45 @@ pub struct Process {
 /// # Errors
 /// When the socket is there and cannot be asked.
 pub fn socket_peer(root: &Root, socket: &Path) -> Result<Option<Process>, Error> {
-    let stream = match UnixStream::connect(socket) {
-        Ok(stream) => stream,
-        Err(error)
-            if matches!(
-                error.kind(),
-                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
-            ) =>
-        {
-            return Ok(None);
-        }
-        Err(error) => return Err(Error::io("connect to", socket)(error)),
+    let connection = match connect(socket).map_err(Error::io("connect to", socket))? {
+        Answer::Nobody => return Ok(None),
+        Answer::Full => None,
+        Answer::Connected(connection) => Some(connection),
     };
-    let pid = if own_pid(root).is_none_or(|pid| pid == std::process::id()) {
-        let peer = rustix::net::sockopt::socket_peercred(&stream)
-            .map_err(Error::io("ask the peer of", socket))?;
-        Some(peer.pid.as_raw_nonzero().get().unsigned_abs())
-    } else {
-        listener(root, socket)
+    let pid = match connection {
+        Some(connection) if own_pid(root).is_none_or(|pid| pid == std::process::id()) => {
+            let peer =
+                socket_peercred(&connection).map_err(Error::io("ask the peer of", socket))?;
+            Some(peer.pid.as_raw_nonzero().get().unsigned_abs())
+        }
+        _ => listener(root, socket),
     };
     Ok(pid.and_then(|pid| describe(root, pid)))
+}
+
+/// Whether anybody listens on a unix socket. It is not waited for, so one that is too busy to take the connection counts as well.
+pub fn is_served(socket: &Path) -> bool {
+    matches!(connect(socket), Ok(Answer::Connected(_) | Answer::Full))
+}
+
+/// What a unix socket answers at once.
+enum Answer {
+    Connected(OwnedFd),
+    /// Its queue of connections is full: somebody listens, and does not come to take them.
+    Full,
+    Nobody,
+}
+
+/// Connects without waiting: connect(2) to a socket whose queue is full blocks until its owner takes a connection, which may be never.
+fn connect(socket: &Path) -> Result<Answer, Errno> {
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    let connection = net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    match net::connect(&connection, &SocketAddrUnix::new(socket)?) {
+        Ok(()) => Ok(Answer::Connected(connection)),
+        Err(Errno::AGAIN) => Ok(Answer::Full),
+        Err(Errno::NOENT | Errno::CONNREFUSED) => Ok(Answer::Nobody),
+        Err(errno) => Err(errno),
+    }
 }
 
 /// Our process id as the host's `/proc` has it; none where we are not in it.
@@ -338,6 +361,27 @@ mod tests {
         assert_eq!(listener(&root, &socket), expected);
         assert_eq!(listener(&root, &dir.path().join("other")), None);
         assert_eq!(own_pid(&root), Some(std::process::id()));
+    }
+
+    #[test]
+    fn a_listener_that_takes_no_connection_is_not_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Root::new("/").unwrap();
+        let socket = dir.path().join("s");
+        let bound = net::socket(AddressFamily::UNIX, SocketType::STREAM, None).unwrap();
+        net::bind(&bound, &SocketAddrUnix::new(&socket).unwrap()).unwrap();
+        assert!(!is_served(&socket), "nobody listens yet");
+        net::listen(&bound, 0).unwrap();
+        let mut waiting = Vec::new();
+        while let Answer::Connected(connection) = connect(&socket).unwrap() {
+            waiting.push(connection);
+        }
+        assert!(!waiting.is_empty());
+        assert!(is_served(&socket));
+        assert_eq!(
+            socket_peer(&root, &socket).unwrap().map(|peer| peer.pid),
+            listener(&root, &socket)
+        );
     }
 
     #[test]

@@ -1,10 +1,9 @@
 //! Who else serves a resource. A kubelet gives a resource to whoever registered last, so two plugins take it from each other for ever.
 
 use std::fmt;
-use std::os::unix::net::UnixStream;
 
 use km_cdi::names::Class;
-use km_host::Root;
+use km_host::{Root, process};
 
 use crate::api;
 use crate::folder::Folder;
@@ -48,7 +47,7 @@ pub(crate) fn find(root: &Root, folder: &Folder, class: &Class, ours: bool) -> O
         name != api::KUBELET_SOCKET && is_for(name, class) && !(ours && *name == mine)
     });
     candidates
-        .filter(|name| UnixStream::connect(folder.at(name)).is_ok())
+        .filter(|name| process::is_served(&folder.at(name)))
         .map(|name| Other {
             who: describe(root, folder, &name, name == mine),
             socket: folder.shown(&name),
@@ -62,7 +61,7 @@ fn describe(root: &Root, folder: &Folder, name: &str, mine: bool) -> String {
         name if name.starts_with(NVIDIA) => "NVIDIA's Sandbox Device Plugin",
         _ => "another device plugin",
     };
-    match km_host::process::socket_peer(root, &folder.at(name)) {
+    match process::socket_peer(root, &folder.at(name)) {
         Ok(Some(process)) => match process.exe {
             Some(exe) => format!("{what} (process {}, {})", process.pid, exe.display()),
             None => format!("{what} (process {}, {})", process.pid, process.name),

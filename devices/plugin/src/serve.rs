@@ -123,6 +123,22 @@ struct Resource {
     /// Whether to register although there is a stream.
     forced: bool,
     pause: Duration,
+    /// When to look for another plugin that serves it, and the pause after that.
+    look: Option<(Instant, Duration)>,
+}
+
+impl Resource {
+    /// Registers after a while, whatever streams there are.
+    fn due_after(&mut self, after: Duration) {
+        self.due = Some(Instant::now() + after);
+        self.forced = true;
+        self.pause = FIRST_PAUSE;
+    }
+
+    /// Looks for another plugin now, and for a while: a socket is there before anybody listens on it.
+    fn look_for_others(&mut self) {
+        self.look = Some((Instant::now(), FIRST_PAUSE));
+    }
 }
 
 #[derive(Debug)]
@@ -148,6 +164,7 @@ impl Plugin {
         loop {
             self.open_folder().await;
             self.new_resources();
+            self.name_others();
             self.register_due().await?;
             match self.next().await? {
                 Event::Devices => {}
@@ -183,7 +200,9 @@ impl Plugin {
     }
 
     async fn next(&mut self) -> Result<Event, Error> {
-        let due = self.resources.values().filter_map(|one| one.due).min();
+        let resources = self.resources.values();
+        let due = resources.flat_map(|one| [one.due, one.look.map(|(at, _)| at)]);
+        let due = due.flatten().min();
         let until = async move {
             match due {
                 Some(due) => sleep_until(due).await,
@@ -218,24 +237,38 @@ impl Plugin {
             if self.resources.contains_key(class) {
                 continue;
             }
-            if let Err(error) = is_free(&self.root, folder, class) {
-                tracing::error!("{error}");
+            let mut new = Resource::default();
+            new.due_after(Duration::ZERO);
+            match is_free(&self.root, folder, class) {
+                Ok(()) => new.look_for_others(),
+                Err(error) => tracing::error!("{error}"),
             }
-            let new = Resource {
-                due: Some(Instant::now()),
-                forced: true,
-                pause: FIRST_PAUSE,
-                ..Resource::default()
-            };
             self.resources.insert(class.clone(), new);
+        }
+    }
+
+    /// Names who else serves a resource, where somebody may have come.
+    fn name_others(&mut self) {
+        let Some(folder) = &self.folder else { return };
+        for (class, resource) in &mut self.resources {
+            let Some((_, pause)) = resource.look.filter(|(at, _)| *at <= Instant::now()) else {
+                continue;
+            };
+            resource.look = None;
+            if let Some(other) = conflict::find(&self.root, folder, class, true) {
+                tracing::error!(
+                    "{} is served by {other} too: the kubelet gives it to whoever registered last; stop one of the two",
+                    class.kind()
+                );
+            } else if pause <= LONGEST_PAUSE {
+                resource.look = Some((Instant::now() + pause, pause * 2));
+            }
         }
     }
 
     fn all_due(&mut self, after: Duration) {
         for resource in self.resources.values_mut() {
-            resource.due = Some(Instant::now() + after);
-            resource.forced = true;
-            resource.pause = FIRST_PAUSE;
+            resource.due_after(after);
         }
     }
 
@@ -257,20 +290,11 @@ impl Plugin {
                 .is_some_and(|served| !served.in_place(folder));
             if changed.went.contains(&mine) && lost && !resource.forced {
                 // Usually a kubelet that starts: its own socket comes next.
-                resource.due = Some(Instant::now() + DROPPED);
-                resource.forced = true;
-                resource.pause = FIRST_PAUSE;
+                resource.due_after(DROPPED);
             }
-            if changed
-                .came
-                .iter()
-                .any(|name| *name != mine && conflict::is_for(name, class))
-                && let Some(other) = conflict::find(&self.root, folder, class, true)
-            {
-                tracing::error!(
-                    "{} is served by {other} too: the kubelet gives it to whoever registered last; stop one of the two",
-                    class.kind()
-                );
+            let others = |name: &String| *name != mine && conflict::is_for(name, class);
+            if changed.lost || changed.came.iter().any(others) {
+                resource.look_for_others();
             }
         }
     }

@@ -15,6 +15,7 @@ use km_tests_e2e::sandbox::Sandbox;
 use km_tests_e2e::suite::Test;
 use km_tests_e2e::wait;
 use km_tests_sysfs::{Machine, shapes};
+use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketType};
 use serde_json::json;
 
 use super::node::SOON;
@@ -363,7 +364,17 @@ fn names_who_serves_already(sandbox: &Sandbox) -> Result<()> {
         ensure!(kubelet.resource(GPUS)?.connected);
         Ok(())
     })?;
-    let _theirs = UnixListener::bind(plugins.join("sandbox-pgpu.sock"))?;
+    let theirs = net::socket(AddressFamily::UNIX, SocketType::STREAM, None)?;
+    net::bind(
+        &theirs,
+        &SocketAddrUnix::new(&plugins.join("sandbox-pgpu.sock"))?,
+    )?;
+    // Nobody listens there before the plugin has seen it: its own socket, which is taken away after that, is back.
+    fs::remove_file(plugins.join("km-pgpu.sock"))?;
+    wait::until_true("a socket of its own again", SOON, || {
+        plugins.join("km-pgpu.sock").exists()
+    })?;
+    net::listen(&theirs, 1)?;
     wait::until_true("the conflict in the log", SOON, || {
         plugin.log_tail().contains("sandbox-pgpu.sock too")
     })?;
