@@ -32,7 +32,8 @@ pub enum AskError {
     Host(#[from] Error),
 }
 
-/// Asks about a pod. Without a pod, or where no socket is, there is no kubelet to ask.
+/// Asks about a pod, and does something else while the kubelet looks for its answer. Without a pod, or where no socket is, there is no
+/// kubelet to ask, and then it is not done.
 ///
 /// # Errors
 /// [`AskError`].
@@ -40,6 +41,7 @@ pub fn ask(
     root: &Root,
     settings: &Settings,
     pod: Option<&(String, String)>,
+    meanwhile: impl FnOnce(),
 ) -> Result<Given, AskError> {
     let Some((namespace, name)) = pod else {
         return Ok(Given::NoKubelet);
@@ -53,7 +55,7 @@ pub fn ask(
         },
         client => client?,
     };
-    match client.get(namespace, name) {
+    match client.get_and_meanwhile(namespace, name, meanwhile) {
         Ok(pod) => Ok(given(&pod, true)),
         Err(error) if error.is_unsupported() => {
             let pods = client.list()?;

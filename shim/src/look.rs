@@ -2,6 +2,7 @@
 //! groups to see whether they are free.
 
 use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
 use km_cdi::files;
 use km_host::claims::Found;
@@ -12,6 +13,9 @@ use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 
 use crate::decide::{CDEVS, Catalogue, Seen, Wanted};
+
+/// The longest that looking at the devices of one sandbox may take; it takes milliseconds.
+const WITHIN: Duration = Duration::from_secs(15);
 
 /// Reads the specs. What is in the folder for running programs comes before what is in the static one, and a device that two files of
 /// one folder list is nobody's (CDI, pkg/cdi/cache.go).
@@ -38,79 +42,114 @@ pub fn catalogue(root: &Root) -> Result<Catalogue, Error> {
     Ok(catalogue)
 }
 
+/// Why the node cannot be looked at.
+#[derive(Debug, thiserror::Error)]
+pub enum LookError {
+    /// A function answers late.
+    #[error(
+        "{address} did not answer within {} s: it is being reset, or broken; see \"kata-manager devices list\"",
+        WITHIN.as_secs()
+    )]
+    Late {
+        /// The function that was looked at last.
+        address: Address,
+    },
+    /// The host.
+    #[error(transparent)]
+    Host(#[from] Error),
+}
+
 /// Looks at what is behind the nodes. `claims` are those of other sandboxes that live.
 ///
+/// Reading a function that is being reset waits in the kernel until that is done (Linux, drivers/pci/access.c, `pci_wait_cfg`), and no
+/// signal ends it: a thread that watches could not end this process sooner. So the clock is looked at after each function.
+///
 /// # Errors
-/// When processes have to be looked through and cannot be listed.
-pub fn look(root: &Root, wanted: &[Wanted], claims: &[Found]) -> Result<Seen, Error> {
-    let mut seen = Seen::default();
+/// [`LookError`]: a function that answers late, or processes that have to be looked through and cannot be listed.
+pub fn look(root: &Root, wanted: &[Wanted], claims: &[Found]) -> Result<Seen, LookError> {
+    let mut looking = Looking {
+        root,
+        until: Instant::now() + WITHIN,
+        seen: Seen::default(),
+    };
     for one in wanted {
-        let behind = behind(root, &mut seen, &one.node);
+        let behind = looking.behind(&one.node);
         for address in &behind {
-            meet(root, &mut seen, *address);
+            looking.meet(*address)?;
         }
-        seen.behind.insert(one.node.clone(), behind);
+        looking.seen.behind.insert(one.node.clone(), behind);
     }
-    primaries(root, &mut seen);
-    let groups: Vec<u32> = seen
-        .functions
-        .values()
-        .filter_map(|function| function.iommu_group)
-        .collect();
+    looking.primaries()?;
+    let functions = looking.seen.functions.values();
+    let groups: Vec<u32> = functions.filter_map(|one| one.iommu_group).collect();
     for id in groups {
-        for address in group(root, &mut seen, id) {
-            meet(root, &mut seen, address);
+        for address in looking.group(id) {
+            looking.meet(address)?;
         }
     }
+    let mut seen = looking.seen;
     seen.used = claimed(claims);
     held(root, &mut seen)?;
     Ok(seen)
 }
 
-fn behind(root: &Root, seen: &mut Seen, node: &str) -> Vec<Address> {
-    if let Some(name) = node.strip_prefix(CDEVS) {
-        return glance::character_device(root, name).into_iter().collect();
-    }
-    let id = node.strip_prefix("/dev/vfio/");
-    let id = id.and_then(|name| name.parse().ok());
-    id.map_or_else(Vec::new, |id| group(root, seen, id))
+struct Looking<'a> {
+    root: &'a Root,
+    until: Instant,
+    seen: Seen,
 }
 
-/// The members of a group, which is listed once; none when there is no such group.
-fn group(root: &Root, seen: &mut Seen, id: u32) -> Vec<Address> {
-    if let Some(members) = seen.groups.get(&id) {
-        return members.clone();
+impl Looking<'_> {
+    fn behind(&mut self, node: &str) -> Vec<Address> {
+        if let Some(name) = node.strip_prefix(CDEVS) {
+            let address = glance::character_device(self.root, name);
+            return address.into_iter().collect();
+        }
+        let id = node.strip_prefix("/dev/vfio/");
+        let id = id.and_then(|name| name.parse().ok());
+        id.map_or_else(Vec::new, |id| self.group(id))
     }
-    let members = glance::group(root, id);
-    if !members.is_empty() {
-        seen.groups.insert(id, members.clone());
-    }
-    members
-}
 
-fn meet(root: &Root, seen: &mut Seen, address: Address) {
-    if !seen.functions.contains_key(&address)
-        && let Some(function) = Glance::at(root, address)
-    {
-        seen.functions.insert(address, function);
+    /// The members of a group, which is listed once; none when there is no such group.
+    fn group(&mut self, id: u32) -> Vec<Address> {
+        if let Some(members) = self.seen.groups.get(&id) {
+            return members.clone();
+        }
+        let members = glance::group(self.root, id);
+        if !members.is_empty() {
+            self.seen.groups.insert(id, members.clone());
+        }
+        members
     }
-}
 
-/// All GPUs and NVSwitches that VFIO drivers have; only a pod with several GPUs can have all.
-fn primaries(root: &Root, seen: &mut Seen) {
-    let gpus = seen
-        .functions
-        .values()
-        .filter(|f| f.kind == Some(Kind::Gpu));
-    if gpus.count() < 2 {
-        return;
+    fn meet(&mut self, address: Address) -> Result<(), LookError> {
+        if self.seen.functions.contains_key(&address) {
+            return Ok(());
+        }
+        if let Some(function) = Glance::at(self.root, address) {
+            self.seen.functions.insert(address, function);
+        }
+        match Instant::now() < self.until {
+            true => Ok(()),
+            false => Err(LookError::Late { address }),
+        }
     }
-    for address in glance::on_vfio(root) {
-        meet(root, seen, address);
+
+    /// All GPUs and NVSwitches that VFIO drivers have; only a pod with several GPUs can have all.
+    fn primaries(&mut self) -> Result<(), LookError> {
+        let functions = self.seen.functions.values();
+        let gpus = functions.filter(|one| one.kind == Some(Kind::Gpu));
+        if gpus.count() < 2 {
+            return Ok(());
+        }
+        for address in glance::on_vfio(self.root) {
+            self.meet(address)?;
+        }
+        let primary = |one: &&Glance| one.on_vfio() && one.kind.is_some_and(Kind::is_primary);
+        let functions = self.seen.functions.values();
+        self.seen.primaries = functions.filter(primary).cloned().collect();
+        Ok(())
     }
-    let primary =
-        |function: &&Glance| function.on_vfio() && function.kind.is_some_and(Kind::is_primary);
-    seen.primaries = seen.functions.values().filter(primary).cloned().collect();
 }
 
 fn claimed(claims: &[Found]) -> BTreeMap<Address, String> {
@@ -176,5 +215,35 @@ fn open(root: &Root, node: &str) -> Free {
         }
         Err(error) if error.raw_os_error() == Some(Errno::BUSY.raw_os_error()) => Free::No,
         Err(_) => Free::Unknown,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use km_tests_sysfs::shapes;
+
+    use super::*;
+
+    #[test]
+    fn a_function_that_answers_late_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        shapes::one_gpu().write(dir.path());
+        let root = Root::new(dir.path()).unwrap();
+        let address = Inventory::observe(&root).unwrap().functions[0].address;
+        let mut looking = Looking {
+            root: &root,
+            until: Instant::now() + WITHIN,
+            seen: Seen::default(),
+        };
+        looking.meet(address).unwrap();
+        looking.until = Instant::now();
+        // What has answered is not asked again.
+        looking.meet(address).unwrap();
+        looking.seen.functions.clear();
+        let late = looking.meet(address).unwrap_err().to_string();
+        assert!(
+            late.starts_with(&format!("{address} did not answer")),
+            "{late}"
+        );
     }
 }

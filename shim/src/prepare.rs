@@ -8,15 +8,15 @@ use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use km_host::claims::{Claim, Claims, Found};
+use km_host::claims::{Claim, Claims, Found, Starter};
 use km_host::lock::LockError;
 use km_host::{Error, Root, atomic};
 
-use crate::bundle::{self, Bundle, BundleError, Facts, Node, Role};
+use crate::bundle::{self, Bundle, BundleError, Node, Role};
 use crate::call::Start;
 use crate::decide::{self, Asked, Catalogue, Decision, Given, Refusal, Wanted};
 use crate::kubelet::{self, AskError};
-use crate::look;
+use crate::look::{self, LookError};
 use crate::settings::Settings;
 use crate::table::{Case, Containerd};
 
@@ -62,6 +62,9 @@ pub enum PrepareError {
     /// Another shim does not let go of the claims.
     #[error(transparent)]
     Lock(#[from] LockError),
+    /// The devices cannot be looked at.
+    #[error(transparent)]
+    Look(#[from] LookError),
     /// A node to write is none.
     #[error(
         "{node} is no device on this machine; write the CDI specs anew with \"kata-manager cdi generate\""
@@ -84,17 +87,15 @@ pub struct Prepared {
     pub decision: Decision,
 }
 
-/// Prepares a sandbox whose bundle is in `dir`; `None` for a container of a sandbox that runs. `watch` is called before any
-/// function is looked at, as one that is broken may not answer; what it gives is dropped when all of them have.
+/// Prepares a sandbox whose bundle is in `dir`; `None` for a container of a sandbox that runs.
 ///
 /// # Errors
 /// [`PrepareError`]: the sandbox must not start.
-pub fn prepare<W>(
+pub fn prepare(
     root: &Root,
     settings: &Settings,
     start: &Start,
     dir: &Path,
-    watch: impl FnOnce() -> W,
 ) -> Result<Option<Prepared>, PrepareError> {
     let path = dir.join(bundle::FILE);
     let text = read(&path)?;
@@ -108,9 +109,17 @@ pub fn prepare<W>(
         return Ok(None);
     }
     let case = case(settings);
-    let (asked, wanted) = wanted(root, settings, facts, case)?;
-    let watched = (!wanted.is_empty()).then(watch);
     let claims = Claims::open(root)?;
+    let mut ahead = None;
+    let meanwhile = || ahead = Some(Ahead::look(root, &claims));
+    let given = kubelet::ask(root, settings, facts.pod.as_ref(), meanwhile)?;
+    let ahead = ahead.unwrap_or_else(|| Ahead::look(root, &claims));
+    let asked = Asked {
+        given,
+        spec: facts.nodes.clone(),
+        annotated: facts.annotated.clone(),
+    };
+    let wanted = wanted(&asked, case, ahead.catalogue)?;
     let lock = claims.lock(LOCK_WAIT)?;
     let others = claims.sweep()?;
     if let (false, Some(Found::Unreadable { path, problem })) =
@@ -124,12 +133,11 @@ pub fn prepare<W>(
     let seen = look::look(root, &wanted, &others)?;
     let decision = decide::decide(&asked, &wanted, case, settings.companions, &seen)?;
     let nodes = nodes(root, &decision)?;
-    drop(watched);
     let edited = match nodes.is_empty() {
         true => None,
         false => Some(bundle.with_nodes(&nodes).map_err(spec_error)?),
     };
-    let claim = claim(root, &claims, settings, start, dir, &decision)?;
+    let claim = claim(root, ahead.starter?, settings, start, dir, &decision)?;
     claims.create(&claim)?;
     // From here on the claim dies with the bundle; and with this start, when it fails.
     let write = |parts: Vec<Cow<'_, str>>| {
@@ -202,28 +210,36 @@ fn case(settings: &Settings) -> Case {
     }
 }
 
+/// What does not depend on the kubelet's answer, and is looked at while that is waited for.
+struct Ahead {
+    catalogue: Result<Catalogue, Error>,
+    starter: Result<Starter, Error>,
+}
+
+impl Ahead {
+    fn look(root: &Root, claims: &Claims<'_>) -> Ahead {
+        Ahead {
+            catalogue: look::catalogue(root),
+            starter: claims.starter(),
+        }
+    }
+}
+
 fn wanted(
-    root: &Root,
-    settings: &Settings,
-    facts: &Facts,
+    asked: &Asked,
     case: Case,
-) -> Result<(Asked, Vec<Wanted>), PrepareError> {
-    let asked = Asked {
-        given: kubelet::ask(root, settings, facts.pod.as_ref())?,
-        spec: facts.nodes.clone(),
-        annotated: facts.annotated.clone(),
-    };
+    catalogue: Result<Catalogue, Error>,
+) -> Result<Vec<Wanted>, PrepareError> {
     let given = match &asked.given {
         Given::NoKubelet => 0,
         Given::Pod { plugin, claims, .. } => plugin.len() + claims.len(),
     };
-    // Most pods of a node ask for no device at all: then the specs are not read.
+    // A pod that asks for no device at all does not depend on the specs.
     let catalogue = match given + asked.annotated.len() {
         0 => Catalogue::new(),
-        _ => look::catalogue(root)?,
+        _ => catalogue?,
     };
-    let wanted = decide::wanted(&asked, case, &catalogue)?;
-    Ok((asked, wanted))
+    Ok(decide::wanted(asked, case, &catalogue)?)
 }
 
 /// The devices to write, with the numbers that they have on the host.
@@ -248,7 +264,7 @@ fn nodes(root: &Root, decision: &Decision) -> Result<Vec<Node>, PrepareError> {
 
 fn claim(
     root: &Root,
-    claims: &Claims<'_>,
+    process: Starter,
     settings: &Settings,
     start: &Start,
     dir: &Path,
@@ -270,7 +286,7 @@ fn claim(
         generation: generation(root, settings),
         devices: decision.devices.clone(),
         bundle,
-        process: claims.starter()?,
+        process,
     })
 }
 

@@ -6,8 +6,6 @@ use std::io::{self, Write as _};
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::mpsc::{RecvTimeoutError, Sender};
-use std::time::Duration;
 
 use km_host::{Error, HostPath, Root};
 
@@ -22,9 +20,6 @@ const HOST_ROOT: &str = "KATA_MANAGER_HOST_ROOT";
 
 /// What a refused start exits with: 3, as kata-manager itself (refused), and 1 when the inner shim cannot be run.
 const REFUSED: u8 = 3;
-
-/// The longest that looking at devices may take; it takes milliseconds. The kubelet has a deadline of its own, in the settings.
-const DEADLINE: Duration = Duration::from_secs(15);
 
 /// Does what `argv` asks for. It comes back only when the inner shim is not run; that has been said on standard error, which
 /// containerd hands on to the kubelet.
@@ -76,7 +71,7 @@ fn start_sandbox(
 ) -> Result<Infallible, Refused> {
     let prepare = || {
         let dir = std::env::current_dir().map_err(Error::io("find", "the bundle"))?;
-        prepare::prepare(root, settings, start, &dir, || watch(DEADLINE, late))
+        prepare::prepare(root, settings, start, &dir)
     };
     match prepare() {
         Ok(None) => {}
@@ -93,29 +88,6 @@ fn start_sandbox(
     prepare::take_back(root, start);
     record::say(root, Level::Error, &start.id, &refused.to_string());
     Err(refused)
-}
-
-/// Ends a start whose devices do not answer, a file of the kernel's of a broken device for one, unless what it gives is dropped before. The
-/// thread ends then; were it still there when the inner shim takes this program's place, the kernel would have to wait for it.
-fn watch(within: Duration, late: impl FnOnce() + Send + 'static) -> Sender<Infallible> {
-    let (looking, looked) = std::sync::mpsc::channel();
-    let wait = move || {
-        if looked.recv_timeout(within) == Err(RecvTimeoutError::Timeout) {
-            late();
-        }
-    };
-    // Without the thread the start is not bounded, and still right.
-    let _ = std::thread::Builder::new().spawn(wait);
-    looking
-}
-
-fn late() {
-    // Nobody is left to tell when this fails.
-    let _ = writeln!(
-        io::stderr(),
-        "kata-manager: this node's devices could not be checked within {DEADLINE:?}: something does not answer; see \"kata-manager devices list\""
-    );
-    std::process::exit(i32::from(REFUSED));
 }
 
 fn words(settings: &Settings, prepared: &Prepared) -> String {
@@ -162,28 +134,4 @@ fn load(root: &Root, program: &str) -> Result<Settings, SettingsError> {
     let handler = settings::handler_of(program)
         .ok_or_else(|| SettingsError::Name(program.chars().take(100).collect()))?;
     settings::load(root, handler)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_watch_tells_when_it_is_late_and_ends_when_all_have_answered() {
-        let soon = Duration::from_millis(20);
-        let (tells, told) = std::sync::mpsc::channel();
-        let watched = watch(soon, move || tells.send("late").unwrap_or_default());
-        assert_eq!(told.recv_timeout(DEADLINE), Ok("late"));
-        drop(watched);
-
-        let (tells, told) = std::sync::mpsc::channel();
-        drop(watch(DEADLINE, move || {
-            tells.send("late").unwrap_or_default();
-        }));
-        // Its end, and nothing said.
-        assert_eq!(
-            told.recv_timeout(DEADLINE / 2),
-            Err(RecvTimeoutError::Disconnected)
-        );
-    }
 }

@@ -80,12 +80,26 @@ impl Client {
     /// See [`Error`]; [`Error::is_unsupported`] when this kubelet does not serve `Get`, [`Error::is_not_found`] when it has no
     /// such pod. [`Error::Malformed`] also when the answer is about another pod.
     pub fn get(&self, namespace: &str, name: &str) -> Result<Pod, Error> {
+        self.get_and_meanwhile(namespace, name, || {})
+    }
+
+    /// [`Client::get`], and something of the caller's while the kubelet looks for its answer. The deadline counts that too; it is not done
+    /// where there is nothing to wait for.
+    ///
+    /// # Errors
+    /// Those of [`Client::get`].
+    pub fn get_and_meanwhile(
+        &self,
+        namespace: &str,
+        name: &str,
+        meanwhile: impl FnOnce(),
+    ) -> Result<Pod, Error> {
         let call = "Get";
         let request = || wire::GetPodResourcesRequest {
             pod_name: name.to_owned(),
             pod_namespace: namespace.to_owned(),
         };
-        let answer = self.call(call, async || self.lister().get(request()).await)?;
+        let answer = self.call(call, async || self.lister().get(request()).await, meanwhile)?;
         let pod = answer
             .pod_resources
             .ok_or_else(|| malformed(call, "there is no pod in it"))?;
@@ -103,7 +117,7 @@ impl Client {
     pub fn list(&self) -> Result<Vec<Pod>, Error> {
         let call = "List";
         let request = wire::ListPodResourcesRequest::default;
-        let answer = self.call(call, async || self.lister().list(request()).await)?;
+        let answer = self.call(call, async || self.lister().list(request()).await, || {})?;
         let mut left = MAX_DEVICES;
         let pods = answer.pod_resources.into_iter();
         pods.map(|pod| self::pod(call, pod, &mut left)).collect()
@@ -116,9 +130,11 @@ impl Client {
     pub fn allocatable(&self) -> Result<Vec<Devices>, Error> {
         let call = "GetAllocatableResources";
         let request = wire::AllocatableResourcesRequest::default;
-        let answer = self.call(call, async || {
-            self.lister().get_allocatable_resources(request()).await
-        })?;
+        let answer = self.call(
+            call,
+            async || self.lister().get_allocatable_resources(request()).await,
+            || {},
+        )?;
         let mut left = MAX_DEVICES;
         devices(call, answer.devices, &mut left)
     }
@@ -143,7 +159,7 @@ impl Client {
     }
 
     /// Makes a call under this client's deadline; again while the kubelet has too many questions at once.
-    fn call<T, F>(&self, call: &'static str, make: F) -> Result<T, Error>
+    fn call<T, F>(&self, call: &'static str, make: F, meanwhile: impl FnOnce()) -> Result<T, Error>
     where
         F: AsyncFn() -> Result<tonic::Response<T>, tonic::Status>,
     {
@@ -152,8 +168,11 @@ impl Client {
             socket: self.socket.clone(),
             after: self.within,
         };
+        let mut meanwhile = Some(meanwhile);
         loop {
-            let error = match self.conversation.until(make(), self.deadline) {
+            let talk = &self.conversation;
+            let told = talk.until_and_meanwhile(make(), self.deadline, &mut meanwhile);
+            let error = match told {
                 Ok(Ok(answer)) => return Ok(answer.into_inner()),
                 Ok(Err(_)) if Instant::now() >= self.deadline => return Err(late()),
                 Ok(Err(status)) => Error::from_status(call, &self.socket, &status),

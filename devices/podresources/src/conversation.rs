@@ -79,6 +79,20 @@ impl Conversation {
     /// # Errors
     /// [`Late`].
     pub(crate) fn until<F: Future>(&self, future: F, deadline: Instant) -> Result<F::Output, Late> {
+        self.until_and_meanwhile(future, deadline, &mut None::<fn()>)
+    }
+
+    /// Goes on until a future is done, and does something of the caller's when all has been said and the first answer is waited for.
+    /// Its time counts.
+    ///
+    /// # Errors
+    /// [`Late`].
+    pub(crate) fn until_and_meanwhile<F: Future>(
+        &self,
+        future: F,
+        deadline: Instant,
+        meanwhile: &mut Option<impl FnOnce()>,
+    ) -> Result<F::Output, Late> {
         let mut future = pin!(future);
         let waker = Waker::from(Arc::clone(&self.woken));
         let mut context = Context::from_waker(&waker);
@@ -94,7 +108,7 @@ impl Conversation {
                     return Err(Late);
                 }
             }
-            self.wire.wait()?;
+            self.wire.wait(meanwhile)?;
         }
     }
 }
@@ -182,7 +196,7 @@ impl Line {
 
 impl Wire {
     /// Sends, and waits until the socket has something new, or there is room again.
-    fn wait(&self) -> Result<(), Late> {
+    fn wait(&self, meanwhile: &mut Option<impl FnOnce()>) -> Result<(), Late> {
         let mut line = self.0.borrow_mut();
         let before = line.unsent.len();
         if let Err(error) = line.send() {
@@ -192,6 +206,11 @@ impl Wire {
         }
         if std::mem::take(&mut line.full) && line.unsent.len() < before {
             return Ok(());
+        }
+        if line.unsent.is_empty()
+            && let Some(work) = meanwhile.take()
+        {
+            work();
         }
         let mut events = PollFlags::IN;
         events.set(PollFlags::OUT, !line.unsent.is_empty());
@@ -347,6 +366,32 @@ mod tests {
         let later = Instant::now() + Duration::from_secs(30);
         let end = conversation.until(read(conversation.wire()), later);
         assert_eq!(end.unwrap().unwrap(), None);
+    }
+
+    #[test]
+    fn something_else_is_done_once_all_has_been_said() {
+        let (_dir, conversation, mut peer) = pair();
+        let (mut wire, mut asked) = (conversation.wire(), false);
+        let talk = poll_fn(|context| {
+            if !asked {
+                asked = Pin::new(&mut wire).poll_write(context, b"?")?.is_ready();
+            }
+            let mut byte = [0];
+            let mut buffer = ReadBuf::new(&mut byte);
+            Pin::new(&mut wire)
+                .poll_read(context, buffer.unfilled())
+                .map_ok(|()| buffer.filled().first().copied())
+        });
+        let later = Instant::now() + Duration::from_secs(30);
+        let mut work = Some(|| {
+            let mut question = [0];
+            peer.read_exact(&mut question).unwrap();
+            assert_eq!(&question, b"?");
+            peer.write_all(b"!").unwrap();
+        });
+        let answer = conversation.until_and_meanwhile(talk, later, &mut work);
+        assert_eq!(answer.unwrap().unwrap(), Some(b'!'));
+        assert!(work.is_none());
     }
 
     /// More than is gathered at a time, and more than a socket holds. The peer makes room between the writer's turn and the next wait, so that

@@ -367,7 +367,7 @@ fn names_who_serves_already(sandbox: &Sandbox) -> Result<()> {
     let theirs = net::socket(AddressFamily::UNIX, SocketType::STREAM, None)?;
     net::bind(
         &theirs,
-        &SocketAddrUnix::new(&plugins.join("sandbox-pgpu.sock"))?,
+        &SocketAddrUnix::new(plugins.join("sandbox-pgpu.sock"))?,
     )?;
     // Nobody listens there before the plugin has seen it: its own socket, which is taken away after that, is back.
     fs::remove_file(plugins.join("km-pgpu.sock"))?;
