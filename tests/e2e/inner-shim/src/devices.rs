@@ -26,35 +26,56 @@ pub(crate) fn sandbox_of(bundle: &Path) -> Result<Option<String>> {
     })
 }
 
-/// The functions that the bundle's VFIO nodes give, by address: all of a group but its bridges (Kata,
+/// A function to be given away.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Function {
+    /// Its address.
+    pub(crate) address: String,
+    /// Whether it was given by a node of its own, `/dev/vfio/devices/vfioN`, which QEMU takes through iommufd.
+    pub(crate) iommufd: bool,
+}
+
+/// The functions that the bundle's VFIO nodes give, by address: one by its own node, or all of a group but its bridges (Kata,
 /// src/runtime/pkg/device/drivers/utils.go, leaves out the classes 0600 and 0604).
-pub(crate) fn functions(bundle: &Path) -> Result<Vec<String>> {
+pub(crate) fn functions(bundle: &Path) -> Result<Vec<Function>> {
     let spec = spec(bundle)?;
     let nodes = spec["linux"]["devices"].as_array();
     let mut found = Vec::new();
     for node in nodes.into_iter().flatten() {
         let path = node["path"].as_str().unwrap_or_default();
-        let Some(group) = path.strip_prefix("/dev/vfio/") else {
+        let Some(name) = path.strip_prefix("/dev/vfio/") else {
             continue;
         };
-        if group == "vfio" {
-            continue;
-        }
-        let folder = format!("/sys/kernel/iommu_groups/{group}/devices");
-        let mut members: Vec<String> = fs::read_dir(&folder)
-            .with_context(|| format!("list {folder}, for {path}"))?
-            .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
-            .collect::<Result<_>>()?;
-        members.sort();
-        for member in members {
-            let class = format!("/sys/bus/pci/devices/{member}/class");
-            let class = fs::read_to_string(&class).with_context(|| format!("read {class}"))?;
-            if !class.starts_with("0x0600") && !class.starts_with("0x0604") {
-                found.push(member);
-            }
+        if let Some(name) = name.strip_prefix("devices/") {
+            let link = format!("/sys/class/vfio-dev/{name}/device");
+            let function = fs::canonicalize(&link).with_context(|| format!("find {link}"))?;
+            let address = function.file_name().context("a function")?;
+            found.push(Function {
+                address: address.to_string_lossy().into_owned(),
+                iommufd: true,
+            });
+        } else if name != "vfio" {
+            found.extend(members(name)?);
         }
     }
     // Kata takes them in the order in which it was given them; the plan's is by address.
     found.sort();
+    Ok(found)
+}
+
+fn members(group: &str) -> Result<Vec<Function>> {
+    let folder = format!("/sys/kernel/iommu_groups/{group}/devices");
+    let mut found = Vec::new();
+    for entry in fs::read_dir(&folder).with_context(|| format!("list {folder}"))? {
+        let address = entry?.file_name().to_string_lossy().into_owned();
+        let class = format!("/sys/bus/pci/devices/{address}/class");
+        let class = fs::read_to_string(&class).with_context(|| format!("read {class}"))?;
+        if !class.starts_with("0x0600") && !class.starts_with("0x0604") {
+            found.push(Function {
+                address,
+                iommufd: false,
+            });
+        }
+    }
     Ok(found)
 }

@@ -9,6 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use containerd_shim::protos::protobuf::well_known_types::any::Any;
 use containerd_shim::protos::ttrpc::{self, Code};
 use containerd_shim::{ExitSignal, Task, TtrpcContext, TtrpcResult, api};
 use serde_json::Value;
@@ -54,8 +55,8 @@ impl Service {
     }
 
     /// Launches the sandbox's machine, as Kata does when the sandbox is created.
-    fn launch(&self, id: &str, bundle: &Path) -> Result<u32> {
-        let settings = Settings::load()?;
+    fn launch(&self, id: &str, bundle: &Path, options: Option<&Any>) -> Result<u32> {
+        let settings = Settings::load(options)?;
         let functions = devices::functions(bundle)?;
         let child = vm::launch(&settings, id, &functions)?;
         let pid = child.id();
@@ -170,7 +171,7 @@ impl Task for Service {
     ) -> TtrpcResult<api::CreateTaskResponse> {
         let bundle = Path::new(&request.bundle);
         let pid = match plain(devices::sandbox_of(bundle))? {
-            None => plain(self.launch(&request.id, bundle))?,
+            None => plain(self.launch(&request.id, bundle, request.options.as_ref()))?,
             Some(_) => self.pod().pid,
         };
         let mut kept = plain(keep(&request.stdout))?;

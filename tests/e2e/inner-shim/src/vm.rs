@@ -1,4 +1,4 @@
-//! The sandbox's virtual machine: QEMU's arguments as Kata in Go writes them, the process, and its monitor.
+//! The sandbox's virtual machine: QEMU's arguments as Kata's runtimes write them, the process, and its monitor.
 
 use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -12,7 +12,8 @@ use anyhow::{Context as _, Result, bail};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
-use crate::settings::Settings;
+use crate::devices::Function;
+use crate::settings::{Runtime, Settings};
 
 /// A folder for each sandbox, as Kata's /run/vc/vm: a bundle's path is too long for a socket.
 const FOLDER: &str = "/run/km-inner";
@@ -31,8 +32,9 @@ pub(crate) fn folder(sandbox: &str) -> PathBuf {
     Path::new(FOLDER).join(sandbox.chars().take(16).collect::<String>())
 }
 
-/// The arguments (kata-containers 4.1, src/runtime/pkg/govmm/qemu/qemu.go): a root port for each function, then the functions.
-fn arguments(settings: &Settings, sandbox: &str, functions: &[String]) -> Vec<String> {
+/// The arguments (kata-containers 4.1, src/runtime/pkg/govmm/qemu/qemu.go): as many root ports as are configured or needed, then
+/// the functions.
+fn arguments(settings: &Settings, sandbox: &str, functions: &[Function]) -> Vec<String> {
     let folder = folder(sandbox);
     let file = |name: &str| folder.join(name).display().to_string();
     let mut words: Vec<String> = [
@@ -43,7 +45,7 @@ fn arguments(settings: &Settings, sandbox: &str, functions: &[String]) -> Vec<St
         "-cpu",
         "host",
         "-m",
-        &settings.memory,
+        &format!("{}M", settings.memory),
         "-nodefaults",
         "-nographic",
         "-vga",
@@ -71,22 +73,64 @@ fn arguments(settings: &Settings, sandbox: &str, functions: &[String]) -> Vec<St
     ]
     .map(str::to_owned)
     .to_vec();
+    for at in 0..functions.len().max(settings.ports) {
+        words.extend(["-device".to_owned(), port(settings.runtime, at)]);
+    }
     for (at, function) in functions.iter().enumerate() {
-        words.extend([
-            "-device".to_owned(),
-            format!("pcie-root-port,id=rp{at},bus=pcie.0,chassis=0,slot={at},multifunction=off"),
-            "-device".to_owned(),
-            format!(
-                "vfio-pci,host={function},id=vfio-{at},bus=rp{at}{}",
-                settings.properties
-            ),
-        ]);
+        words.extend(device(settings, at, function));
     }
     words
 }
 
+/// A root port, as the runtimes write it (Go: qemu.go as above; runtime-rs: src/runtime-rs/crates/hypervisor/src/qemu/cmdline_generator.rs).
+fn port(runtime: Runtime, at: usize) -> String {
+    match runtime {
+        Runtime::Go => {
+            format!("pcie-root-port,id=rp{at},bus=pcie.0,chassis=0,slot={at},multifunction=off")
+        }
+        Runtime::Rust => {
+            let (slot, chassis) = (RUST_SLOT + at, RUST_CHASSIS + at);
+            format!(
+                "pcie-root-port,id=rp{at},addr={slot:#04x},chassis={chassis},slot={slot},bus=pcie.0,multifunction=off"
+            )
+        }
+    }
+}
+
+/// The first slot and chassis of runtime-rs' ports (same file, and topology.rs beside it).
+const RUST_SLOT: usize = 9;
+const RUST_CHASSIS: usize = 10;
+
+/// A function behind its port. One that was given by a node of its own has an iommufd object of its own.
+fn device(settings: &Settings, at: usize, function: &Function) -> Vec<String> {
+    let Function { address, iommufd } = function;
+    let properties = &settings.properties;
+    let bus = settings.bus.clone().unwrap_or_else(|| format!("rp{at}"));
+    let (object, device) = match settings.runtime {
+        Runtime::Go => {
+            let object = format!("iommufdvfio-{at}");
+            let by = iommufd.then(|| format!(",iommufd={object}"));
+            let by = by.unwrap_or_default();
+            let device = format!("vfio-pci,host={address},id=vfio-{at},bus={bus}{by}{properties}");
+            (object, device)
+        }
+        Runtime::Rust => {
+            let object = format!("iommufdrp{at}");
+            let device =
+                format!("vfio-pci,host={address},bus={bus},addr=0x0,iommufd={object}{properties}");
+            (object, device)
+        }
+    };
+    let mut words = Vec::new();
+    if *iommufd || settings.runtime == Runtime::Rust {
+        words.extend(["-object".to_owned(), format!("iommufd,id={object}")]);
+    }
+    words.extend(["-device".to_owned(), device]);
+    words
+}
+
 /// Starts QEMU and waits until its monitor answers. One that ends before that has said why, and the pod's event says it too.
-pub(crate) fn launch(settings: &Settings, sandbox: &str, functions: &[String]) -> Result<Child> {
+pub(crate) fn launch(settings: &Settings, sandbox: &str, functions: &[Function]) -> Result<Child> {
     let folder = folder(sandbox);
     fs::create_dir_all(&folder).with_context(|| format!("make {}", folder.display()))?;
     let said = folder.join("said");
@@ -96,7 +140,7 @@ pub(crate) fn launch(settings: &Settings, sandbox: &str, functions: &[String]) -
         .stdout(Stdio::null())
         .stderr(File::create(&said)?)
         .spawn()
-        .with_context(|| format!("start {}", settings.qemu))?;
+        .with_context(|| format!("start {}", settings.qemu.display()))?;
     fs::write(folder.join("pid"), child.id().to_string())?;
     let started = Instant::now();
     loop {

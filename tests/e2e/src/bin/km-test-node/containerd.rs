@@ -23,8 +23,8 @@ pub(crate) const TESTS: &[Test] = &[("apply-and-failures", apply_and_failures)];
 pub(crate) const CLASS: &str = "demo";
 
 /// The node's configuration files.
-const CONFIG: &str = "/etc/kata-manager/config.yaml";
-const CONTAINERD: &str = "/etc/containerd/config.toml";
+pub(crate) const CONFIG: &str = "/etc/kata-manager/config.yaml";
+pub(crate) const CONTAINERD: &str = "/etc/containerd/config.toml";
 pub(crate) const ARTIFACTS: &str = "/opt/nvidia-gpu-operator/artifacts/runtimeclasses";
 
 /// Where a test changes containerd's unit.
@@ -94,6 +94,18 @@ fn prepare(sandbox: &Sandbox, node: &mut Node, registry: &Registry) -> Result<Wh
         );
         return Err(error.context(format!("in the node: {}", state?)));
     }
+    self::images(sandbox, node)?;
+    let whole = Whole {
+        pod: cri.run_pod("runc", images::BUSYBOX, &["/bin/sleep", "100000"])?,
+        original: node.get(CONTAINERD)?,
+        cri,
+    };
+    whole.is_untouched(node)?;
+    Ok(whole)
+}
+
+/// Gives containerd the images that pods are made of, the pause image under the name that it wants.
+pub(crate) fn images(sandbox: &Sandbox, node: &mut Node) -> Result<()> {
     for archive in images::write(sandbox.parts(), &sandbox.folder("images")?)? {
         node.put("/run/image.tar", 0o644, &fs::read(archive)?)?;
         node.shell("ctr --namespace k8s.io images import /run/image.tar")?;
@@ -110,13 +122,7 @@ fn prepare(sandbox: &Sandbox, node: &mut Node, registry: &Registry) -> Result<Wh
         wanted.trim(),
     ])?
     .success()?;
-    let whole = Whole {
-        pod: cri.run_pod("runc", images::BUSYBOX, &["/bin/sleep", "100000"])?,
-        original: node.get(CONTAINERD)?,
-        cri,
-    };
-    whole.is_untouched(node)?;
-    Ok(whole)
+    Ok(())
 }
 
 impl Whole {

@@ -13,6 +13,7 @@ use km_tests_e2e::suite::Test;
 use km_tests_e2e::wait;
 
 use crate::nested::Way;
+use crate::pods::Runtime;
 use crate::shown::Listed;
 use crate::{devices, doctor, nested, plugin, pods, specs};
 
@@ -52,9 +53,7 @@ fn common(sandbox: &Sandbox, node: &mut Node, names: &[String]) -> Result<()> {
     node.step("bind all", devices::bind_all)?;
     node.step("CDI specs follow", specs::follow)?;
     node.step("doctor sees what is bound", doctor::bound)?;
-    let ready = node.step("a pod's handler", |node| pods::prepare(sandbox, node))?;
-    node.step_alone("a pod has all devices", |node| pods::has_all(node, &ready))?;
-    node.step("no handler any more", |node| pods::clean(node, ready))?;
+    pods::steps(sandbox, node, Runtime::Go)?;
     node.step("unbind and bind one", |node| devices::rebind(node, first))?;
     node.step("CDI specs are as before", specs::follow)?;
     // Times are judged in it.

@@ -6,8 +6,9 @@ use km_tests_e2e::sandbox::Sandbox;
 use km_tests_e2e::suite::Test;
 
 use crate::nested::Way;
+use crate::pods::Runtime;
 use crate::shown::Listed;
-use crate::{devices, hardware, nested};
+use crate::{devices, hardware, nested, plugin, pods, specs};
 
 /// The one boot. Its kernel takes minutes to build, so nothing else runs it.
 pub(crate) const TESTS: &[Test] = &[("iommufd", iommufd)];
@@ -27,6 +28,16 @@ fn iommufd(sandbox: &Sandbox) -> Result<()> {
     node.step_alone("a guest sees the device", |node| {
         nested::guest(node, Way::Iommufd, first)
     })?;
+    node.step("CDI specs follow", specs::follow)?;
+    pods::steps(sandbox, node, Runtime::Go)?;
+    // `uninstall` takes them away.
+    node.step("CDI specs once more", |node| {
+        node.kata_manager(&["cdi", "generate"], 0)?;
+        specs::follow(node)
+    })?;
+    pods::steps(sandbox, node, Runtime::Rust)?;
+    // Times are judged in it.
+    node.step_alone("the device plugin", |node| plugin::works(node, first))?;
     node.step("unbind all", devices::unbind_all)?;
     node.step("its node is gone", |node| {
         let listed = Listed::of(node)?;

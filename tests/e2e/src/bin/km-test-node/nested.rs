@@ -1,6 +1,7 @@
 //! A virtual machine inside the node takes the device through VFIO, as Kata's would, and gives it back.
 
 use std::fs;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -51,19 +52,21 @@ pub(crate) enum Way {
 /// Time for `timeout` itself to end it.
 const SPARE: Duration = Duration::from_secs(60);
 
-/// Puts the guest's files into the node.
+/// Puts the guest's files into the node, and switches its /dev/kvm on.
 pub(crate) fn prepare(node: &mut Node, parts: &Parts) -> Result<()> {
-    guest_files(node, parts, KERNEL, INITRD, INIT)
+    node.put(INITRD, 0o644, &initrd(parts, INIT)?)?;
+    let kernel = fs::read(kernel(parts)?).context("read the kernel")?;
+    node.put(KERNEL, 0o644, &kernel)?;
+    kvm(node)
 }
 
-/// Puts a kernel into the node, and an initrd with busybox, `/bin/functions` and a first program; and switches the node's /dev/kvm on.
-pub(crate) fn guest_files(
-    node: &mut Node,
-    parts: &Parts,
-    kernel: &str,
-    initrd: &str,
-    init: &str,
-) -> Result<()> {
+/// The kernel of a guest: Debian's.
+pub(crate) fn kernel(parts: &Parts) -> Result<PathBuf> {
+    Ok(Image::at(parts.dir(), Kernel::Debian)?.kernel())
+}
+
+/// An initrd with busybox, `/bin/functions` and a first program.
+pub(crate) fn initrd(parts: &Parts, init: &str) -> Result<Vec<u8>> {
     let busybox = fs::read(parts.busybox()).context("read busybox")?;
     let mut archive = cpio::Archive::new();
     for folder in ["bin", "dev", "proc", "sys"] {
@@ -75,13 +78,11 @@ pub(crate) fn guest_files(
         .file("bin/functions", 0o755, FUNCTIONS.as_bytes())
         .link("bin/sh", "busybox")
         .file("init", 0o755, init.as_bytes());
-    node.put(initrd, 0o644, &archive.finish())?;
-    let debians = Image::at(parts.dir(), Kernel::Debian)?.kernel();
-    node.put(
-        kernel,
-        0o644,
-        &fs::read(debians).context("read the kernel")?,
-    )?;
+    Ok(archive.finish())
+}
+
+/// Switches the node's /dev/kvm on.
+pub(crate) fn kvm(node: &mut Node) -> Result<()> {
     node.shell("test -c /dev/kvm || modprobe kvm-amd; test -c /dev/kvm")?;
     Ok(())
 }

@@ -252,17 +252,9 @@ fn given_out(node: &mut Node, address: &str) -> Result<()> {
     )?;
     let given: Allocated = serde_json::from_value(given)?;
     ensure!(given.cdi == [format!("{GPUS}={address}")], "{given:?}");
-    let group = Listed::of(node)?
-        .at(address)?
-        .iommu_group
-        .context("a group")?;
-    ensure!(
-        given
-            .nodes
-            .iter()
-            .any(|one| one.host == format!("/dev/vfio/{group}")),
-        "{given:?}"
-    );
+    let wanted = Listed::of(node)?.at(address)?.node().context("a node")?;
+    let nodes = &given.nodes;
+    ensure!(nodes.iter().any(|one| one.host == wanted), "{given:?}");
     for one in &given.nodes {
         node.shell(&format!("test -c {0} && exec 3<>{0}", one.host))?;
     }

@@ -8,28 +8,32 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use km_tests_e2e::cri::{Cri, Pod};
-use km_tests_e2e::images;
-use km_tests_e2e::km::{Km, LAUNCHER, SHIM};
+use km_tests_e2e::km::{Km, SHIM};
 use km_tests_e2e::node_in_a_box::image::{Payload, beside};
 use km_tests_e2e::node_in_a_box::{Holder, Node};
+use km_tests_e2e::parts::Firmware;
+use km_tests_e2e::registry::{self, Registry};
 use km_tests_e2e::sandbox::Sandbox;
-use km_tests_e2e::wait;
+use km_tests_e2e::{guest, images, wait};
 use serde_json::{Value, json};
 
-use crate::nested;
 use crate::plugin::{STAND_IN, ask};
-use crate::shown::Listed;
+use crate::shown::{Device, Listed};
+use crate::{containerd, nested};
 
 const HANDLER: &str = "kata-qemu-nvidia-gpu";
 
 /// The inner shim, by its name in the node.
 const INNER: &str = "km-inner-shim";
 
-/// Where containerd finds the shim.
-const LINK: &str = "/opt/kata-manager/bin/containerd-shim-kata-qemu-nvidia-gpu-v2";
+/// Where `apply` finds Kata's shim, QEMU and firmware, which no Debian package has there.
+const KATA: &str = "/opt/kata";
 
-const KERNEL: &str = "/run/pods/vmlinuz";
-const INITRD: &str = "/run/pods/initrd";
+/// The version that Kata says it is. It asks the kubelet itself.
+const VERSION: &str = "4.1.0";
+
+/// The host as the node sees it.
+const OUTSIDE: &str = "10.0.2.2";
 
 /// The namespace of pods that the CRI client makes.
 const NAMESPACE: &str = "default";
@@ -66,83 +70,165 @@ pub(crate) fn payload(payload: &mut Payload) {
     }
 }
 
-/// What a pod needs, by the names in the node. The shim is there twice: by the other name it stands in QEMU's place.
-fn programs() -> [(&'static str, Result<PathBuf>); 3] {
-    let shim = || Km::find()?.shim();
+/// What a pod needs, by the names in the node.
+fn programs() -> [(&'static str, Result<PathBuf>); 2] {
     [
         (INNER, beside(INNER).context("`make box` builds it")),
-        (SHIM, shim()),
-        (LAUNCHER, shim()),
+        (SHIM, Km::find().and_then(|km| km.shim())),
     ]
 }
 
-/// What a step needs.
-pub(crate) struct Ready {
-    cri: Cri,
-    kubelet: Holder,
+/// Which of Kata's runtimes the pods have.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Runtime {
+    /// The one in Go.
+    Go,
+    /// runtime-rs, which gives devices away through iommufd alone.
+    Rust,
 }
 
-/// Puts everything in its place, as `apply` and the cluster do.
-pub(crate) fn prepare(sandbox: &Sandbox, node: &mut Node) -> Result<Ready> {
+impl Runtime {
+    /// Its name in our configuration, and in the inner shim's.
+    fn name(self) -> &'static str {
+        match self {
+            Runtime::Go => "go",
+            Runtime::Rust => "rust",
+        }
+    }
+
+    /// Its shim below Kata's prefix.
+    fn shim(self) -> &'static str {
+        match self {
+            Runtime::Go => "bin/containerd-shim-kata-v2",
+            Runtime::Rust => "runtime-rs/bin/containerd-shim-kata-v2",
+        }
+    }
+}
+
+/// What a step needs.
+struct Ready {
+    cri: Cri,
+    runtime: Runtime,
+    kubelet: Holder,
+    /// containerd's configuration before.
+    original: Vec<u8>,
+    _registry: Registry,
+}
+
+/// A node from `apply` to `uninstall`, with a pod between.
+pub(crate) fn steps(sandbox: &Sandbox, node: &mut Node, runtime: Runtime) -> Result<()> {
+    let of = |what: &str| format!("{what}, {}", runtime.name());
+    let ready = node.step(&of("apply for pods"), |node| {
+        prepare(sandbox, node, runtime)
+    })?;
+    node.step_alone(&of("a pod has all devices"), |node| has_all(node, &ready))?;
+    node.step(&of("uninstall leaves nothing"), |node| clean(node, ready))
+}
+
+/// Everything is put in its place by `apply`, with a guest from a registry, as on a node of a cluster.
+fn prepare(sandbox: &Sandbox, node: &mut Node, runtime: Runtime) -> Result<Ready> {
     for (_, program) in programs() {
         program?;
     }
-    nested::guest_files(node, sandbox.parts(), KERNEL, INITRD, INIT)?;
-    for archive in images::write(sandbox.parts(), &sandbox.folder("images")?)? {
-        node.put("/run/image.tar", 0o644, &fs::read(archive)?)?;
-        node.shell("ctr --namespace k8s.io images import /run/image.tar; rm /run/image.tar")?;
-    }
-    let inner = json!({
-        "qemu": "/usr/local/bin/kata-manager-qemu", "kernel": KERNEL, "initrd": INITRD, "memory": "256M",
-        "append": "console=ttyS0 quiet panic=-1 mitigations=off no5lvl no_timer_check",
-        // As in `nested`: mapping the BARs costs the outer QEMU a complaint for each page.
-        "properties": ",x-no-mmap=on",
-    });
-    node.put(
-        "/etc/km-inner-shim.json",
-        0o644,
-        inner.to_string().as_bytes(),
-    )?;
-    let settings = json!({
-        "handler": HANDLER, "class": HANDLER, "innerShim": "/usr/local/bin/km-inner-shim", "qemu": "/usr/bin/qemu-system-x86_64",
-        "kata": {"flavor": "go", "version": "4.1.0"}, "containerd": "2", "kubeletTimeoutMs": 8000,
-        "kubeletSocket": "/var/lib/kubelet/pod-resources/kubelet.sock",
-    });
-    node.shell(&format!(
-        "mkdir -p /etc/kata-manager/handlers /opt/kata-manager/bin; ln -sf /usr/local/bin/{SHIM} {LINK}"
-    ))?;
-    node.put(
-        &format!("/etc/kata-manager/handlers/{HANDLER}.json"),
-        0o644,
-        settings.to_string().as_bytes(),
-    )?;
-    node.shell(&format!(
-        "cp -n /etc/containerd/config.toml /run/config.toml.before
-containerd config dump | sed \"s|^\\( *sandbox = \\).*|\\1'{pause}'|\" >/run/config.toml
-cat >>/run/config.toml <<'END'
-[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.{HANDLER}]
-  runtime_type = 'io.containerd.{HANDLER}.v2'
-  runtime_path = '{LINK}'
-  pod_annotations = ['io.katacontainers.*', 'cdi.k8s.io/*']
-  privileged_without_host_devices = true
-END
-cp /run/config.toml /etc/containerd/config.toml",
-        pause = images::PAUSE
-    ))?;
     let cri = node.cri()?.patient(CALL);
-    restart(node, &cri)?;
+    let registry = Registry::start(sandbox, registry::Options::default())?;
+    publish(sandbox, &registry)?;
+    nested::kvm(node)?;
+    containerd::images(sandbox, node)?;
+    kata(sandbox, node, runtime)?;
+    let host = format!("{OUTSIDE}:{}", registry.port());
+    let config = format!(
+        "runtimeClasses:\n- name: {HANDLER}\n  artifacts: {{url: {host}/kata/guest:pods}}\n\
+         provider: {{version: {VERSION}, runtime: {}}}\nregistry: {{plainHttp: [\"{host}\"]}}\n\
+         shim: {{program: /usr/local/bin/{SHIM}, kubeletTimeoutMilliseconds: 8000}}\n",
+        runtime.name()
+    );
+    node.put(containerd::CONFIG, 0o644, config.as_bytes())?;
+    let original = node.get(containerd::CONTAINERD)?;
+    node.kata_manager(&["apply"], 0)?;
+    let handlers = cri.handlers()?;
+    ensure!(handlers == [HANDLER, "runc"], "{handlers:?}");
     let kubelet = node.hold(&["/usr/bin/bash", "-c", STAND_IN])?;
     ask(node, &json!({ "start": {} }))?;
-    Ok(Ready { cri, kubelet })
+    Ok(Ready {
+        cri,
+        runtime,
+        kubelet,
+        original,
+        _registry: registry,
+    })
 }
 
-/// Takes it away.
-pub(crate) fn clean(node: &mut Node, ready: Ready) -> Result<()> {
-    node.release(ready.kubelet)?;
-    node.shell(
-        "rm -r /etc/kata-manager/handlers /opt/kata-manager /var/lib/kubelet/pod-resources; cp /run/config.toml.before /etc/containerd/config.toml",
+/// A guest artifact with a configuration of its own, as Kata's GPU images have.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a folder of the test's own, which nobody else reads meanwhile"
+)]
+fn publish(sandbox: &Sandbox, registry: &Registry) -> Result<()> {
+    let folder = sandbox.folder("pods-guest")?;
+    fs::copy(nested::kernel(sandbox.parts())?, folder.join(guest::KERNEL))?;
+    let initrd = nested::initrd(sandbox.parts(), INIT)?;
+    fs::write(folder.join(guest::INITRD), initrd)?;
+    let configuration = format!(
+        "[hypervisor.qemu]\npath = \"{KATA}/bin/qemu-system-x86_64\"\nkernel = \"/build/{}\"\ninitrd = \"/build/{}\"\n\
+         default_memory = 256\n\
+         kernel_params = \"console=ttyS0 quiet panic=-1 mitigations=off no5lvl no_timer_check\"\n",
+        guest::KERNEL,
+        guest::INITRD
+    );
+    fs::write(folder.join(guest::CONFIGURATION), configuration)?;
+    let folder = folder.display().to_string();
+    let reference = registry.reference("kata/guest:pods");
+    Km::find()?.expect(&["artifacts", "push", &folder, &reference], 0)?;
+    Ok(())
+}
+
+/// What Kata's payload would have put there.
+fn kata(sandbox: &Sandbox, node: &mut Node, runtime: Runtime) -> Result<()> {
+    node.shell(&format!(
+        "mkdir -p {KATA}/bin {KATA}/runtime-rs/bin {KATA}/share/ovmf
+ln -sf /usr/local/bin/{INNER} {KATA}/{}
+ln -sf /usr/bin/qemu-system-x86_64 {KATA}/bin/qemu-system-x86_64",
+        runtime.shim()
+    ))?;
+    let firmware = sandbox.parts().firmware(Firmware::Generic);
+    node.put(
+        &format!("{KATA}/share/ovmf/OVMF.fd"),
+        0o644,
+        &fs::read(&firmware).with_context(|| format!("read {}", firmware.display()))?,
     )?;
-    restart(node, &ready.cri)
+    inner(node, runtime, None)
+}
+
+/// Settings of the inner shim: the bus that it puts devices on; behind ports of their own without.
+fn inner(node: &mut Node, runtime: Runtime, bus: Option<&str>) -> Result<()> {
+    // As in `nested`: mapping the BARs costs the outer QEMU a complaint for each page.
+    let settings = json!({ "properties": ",x-no-mmap=on", "bus": bus, "runtime": runtime.name() });
+    let settings = settings.to_string();
+    node.put("/etc/km-inner-shim.json", 0o644, settings.as_bytes())
+}
+
+/// `uninstall` takes it away: nothing of it is left.
+fn clean(node: &mut Node, ready: Ready) -> Result<()> {
+    node.release(ready.kubelet)?;
+    node.kata_manager(&["uninstall"], 0)?;
+    ensure!(
+        node.get(containerd::CONTAINERD)? == ready.original,
+        "containerd's configuration is another"
+    );
+    let handlers = wait::until("containerd", CALL, || ready.cri.handlers())?;
+    ensure!(handlers == ["runc"], "{handlers:?}");
+    let left = format!(
+        "ls -d /etc/kata-manager/handlers /opt/kata-manager {}/* 2>/dev/null || true",
+        containerd::ARTIFACTS
+    );
+    let left = node.shell(&left)?;
+    ensure!(left.is_empty(), "there is {left}");
+    node.shell(&format!(
+        "rm -r {KATA} {} /var/lib/kubelet/pod-resources",
+        containerd::CONFIG
+    ))?;
+    Ok(())
 }
 
 fn restart(node: &mut Node, cri: &Cri) -> Result<()> {
@@ -153,7 +239,7 @@ fn restart(node: &mut Node, cri: &Cri) -> Result<()> {
 
 /// All GPUs of the node, and what goes with them, in one pod: through a claim of dynamic resource allocation, which no Kata reads, so
 /// that the shim has to write them.
-pub(crate) fn has_all(node: &mut Node, ready: &Ready) -> Result<()> {
+fn has_all(node: &mut Node, ready: &Ready) -> Result<()> {
     let listed = Listed::of(node)?;
     let primaries = listed.devices.iter().filter(|device| device.is_primary());
     let names: Vec<String> = primaries
@@ -168,7 +254,8 @@ pub(crate) fn has_all(node: &mut Node, ready: &Ready) -> Result<()> {
         match lives(node, ready, &pod, &listed, &names, patience) {
             Ok(()) => {
                 node.note(&format!("the pod's guest answered, retries: {retries}"));
-                return ends(node, ready, &pod);
+                ends(node, ready, &pod)?;
+                return misplaced(node, ready, &names);
             }
             Err(error) if retries == 0 && error.is::<Hung>() => {
                 ready.cri.remove_sandbox(&pod.sandbox)?;
@@ -201,12 +288,30 @@ fn lives(
 /// Nothing of a pod is left when it is removed.
 fn ends(node: &mut Node, ready: &Ready, pod: &Pod) -> Result<()> {
     ready.cri.remove_sandbox(&pod.sandbox)?;
-    let listed = Listed::of(node)?;
-    for device in &listed.devices {
-        ensure!(device.holders.is_empty(), "after the pod: {device:?}");
-    }
+    nobody_holds(node)?;
     let left = node.shell("pgrep -a qemu-system || true; pgrep -a km-inner-shim || true")?;
     ensure!(left.is_empty(), "after the pod there is {left}");
+    Ok(())
+}
+
+/// A runtime that leaves the ports out does not get its QEMU, and the pod's event says why.
+fn misplaced(node: &mut Node, ready: &Ready, names: &[String]) -> Result<()> {
+    inner(node, ready.runtime, Some("pcie.0"))?;
+    claim(node, "misplaced", &names[..1])?;
+    let why = [
+        "the launch of sandbox",
+        "is refused",
+        "no port of that name",
+    ];
+    fails(ready, "misplaced", &why)?;
+    inner(node, ready.runtime, None)?;
+    nobody_holds(node)
+}
+
+fn nobody_holds(node: &mut Node) -> Result<()> {
+    for device in &Listed::of(node)?.devices {
+        ensure!(device.holders.is_empty(), "after the pod: {device:?}");
+    }
     Ok(())
 }
 
@@ -227,7 +332,7 @@ fn claim(node: &mut Node, pod: &str, names: &[String]) -> Result<Value> {
     ask(node, &claim)
 }
 
-/// The sandbox's specification, as its shim found it, has the node of each group.
+/// The sandbox's specification, as its shim found it, has the node of each group, or of each function that has one of its own.
 fn pause_spec(node: &mut Node, pod: &Pod, listed: &Listed) -> Result<()> {
     let path = format!(
         "/run/containerd/io.containerd.runtime.v2.task/k8s.io/{}/config.json",
@@ -241,12 +346,8 @@ fn pause_spec(node: &mut Node, pod: &Pod, listed: &Listed) -> Result<()> {
         .filter_map(|device| device["path"].as_str())
         .filter(|path| path.starts_with("/dev/vfio/"))
         .collect();
-    let mut wanted: Vec<String> = listed
-        .devices
-        .iter()
-        .filter_map(|device| device.iommu_group)
-        .map(|group| format!("/dev/vfio/{group}"))
-        .collect();
+    let nodes = listed.devices.iter().filter_map(Device::node);
+    let mut wanted: Vec<String> = nodes.collect();
     wanted.sort();
     wanted.dedup();
     ensure!(
@@ -298,17 +399,7 @@ fn functions(ready: &Ready, pod: &Pod, patience: Duration) -> Result<Seen> {
 
 /// What is drawn for the pod is what its guest has.
 fn is_the_plan(node: &mut Node, listed: &Listed, seen: &Seen) -> Result<()> {
-    let words = [
-        "topology",
-        "--plan",
-        "default/all",
-        "--kata-runtime",
-        "go",
-        "--kata-version",
-        "4.1.0",
-        "--output",
-        "json",
-    ];
+    let words = ["topology", "--plan", "default/all", "--output", "json"];
     let said = node.kata_manager(&words, 0)?.stdout;
     let plan: Value = serde_json::from_str(&said).with_context(|| said.clone())?;
     let list = |key: &str| plan["plan"][key].as_array().cloned().unwrap_or_default();

@@ -131,6 +131,13 @@ impl Listed {
 }
 
 impl Device {
+    /// The node that it is given away by: its own, where the kernel has iommufd, or its group's.
+    pub(crate) fn node(&self) -> Option<String> {
+        let own = self.vfio_device.as_ref().filter(|_| self.cdev);
+        let own = own.map(|name| format!("/dev/vfio/devices/{name}"));
+        own.or_else(|| Some(format!("/dev/vfio/{}", self.iommu_group?)))
+    }
+
     /// Whether it is a GPU or an NVSwitch.
     pub(crate) fn is_primary(&self) -> bool {
         matches!(self.kind.as_str(), "gpu" | "nv-switch")
