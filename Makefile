@@ -56,20 +56,21 @@ reconnects: build
 oracle:
 	CARGO_TARGET_DIR=$(TARGET)/oracle cargo test --quiet --locked --manifest-path tests/cdi-oracle/Cargo.toml
 
-# One static program: it runs on any Linux of this architecture, and from an empty container image. Its random numbers come from the
-# kernel alone: aws-lc would otherwise gather timing noise of its own first, which takes longer than everything else that a run
-# does that finds nothing to do.
+# Both programs are static: they run on any Linux of this architecture, and from an empty container image. They are linked to a fixed address, as
+# Go's programs are: relocating them takes a quarter of the time of a run that finds nothing to do (ARCHITECTURE.md, "Why not").
+FLAGS := --config 'target.$(HOST).rustflags=["-Ctarget-feature=+crt-static", "-Crelocation-model=static"]'
+
+# Random numbers come from the kernel alone: aws-lc would otherwise gather timing noise of its own first, which takes longer than
+# everything else that such a run does.
 build:
-	AWS_LC_SYS_NO_JITTER_ENTROPY=1 cargo build --release --locked -p kata-manager --target $(HOST) --config 'target.$(HOST).rustflags=["-Ctarget-feature=+crt-static"]'
+	AWS_LC_SYS_NO_JITTER_ENTROPY=1 cargo build --release --locked -p kata-manager --target $(HOST) $(FLAGS)
 	@! readelf --program-headers $(KM) | grep INTERP || { echo "$(KM) is not static"; exit 1; }
 
-# The shim, by a cargo call of its own: what the rest of the workspace wants of a crate must not make it grow. It is linked to a fixed
-# address, as Go's programs are, Kata's own shim among them: relocating it would take a sixth of its time, at each call. Heap, stack and
-# maps are where the kernel's dice put them all the same.
+# The shim, by a cargo call of its own: what the rest of the workspace wants of a crate must not make it grow.
 SHIM := $(TARGET)/$(HOST)/shim/containerd-shim-kata-qemu-nvidia-gpu-v2
 .PHONY: shim
 shim:
-	cargo build --profile shim --locked -p km-shim --target $(HOST) --config 'target.$(HOST).rustflags=["-Ctarget-feature=+crt-static", "-Crelocation-model=static"]'
+	cargo build --profile shim --locked -p km-shim --target $(HOST) $(FLAGS)
 	@! readelf --program-headers $(SHIM) | grep INTERP || { echo "$(SHIM) is not static"; exit 1; }
 	@[ $$(stat -c %s $(SHIM)) -lt 4194304 ] || { echo "$(SHIM) has 4 MiB or more"; exit 1; }
 
