@@ -1,5 +1,6 @@
 //! Who else serves a resource. A kubelet gives a resource to whoever registered last, so two plugins take it from each other for ever.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use km_cdi::names::Class;
@@ -40,19 +41,34 @@ pub(crate) fn is_for(name: &str, class: &Class) -> bool {
     before.is_some_and(|before| before.is_empty() || before.ends_with('-'))
 }
 
-/// Looks for another plugin that serves a class, and is alive. Our own socket counts when `ours` is false: then another process has it.
-pub(crate) fn find(root: &Root, folder: &Folder, class: &Class, ours: bool) -> Option<Other> {
+/// Who has a socket for a class, beside us.
+#[derive(Debug, Default)]
+pub(crate) struct Others {
+    /// Those that answer, by their sockets' names.
+    pub(crate) alive: BTreeMap<String, Other>,
+    /// Whether there is a socket that nobody listens on: left over, or one that its plugin has just made.
+    pub(crate) silent: bool,
+}
+
+/// Looks for other plugins that serve a class. Our own socket counts when `ours` is false: then another process has it.
+pub(crate) fn find(root: &Root, folder: &Folder, class: &Class, ours: bool) -> Others {
     let mine = socket_name(class);
     let candidates = folder.sockets().into_iter().filter(|name| {
         name != api::KUBELET_SOCKET && is_for(name, class) && !(ours && *name == mine)
     });
-    candidates
-        .filter(|name| process::is_served(&folder.at(name)))
-        .map(|name| Other {
-            who: describe(root, folder, &name, name == mine),
-            socket: folder.shown(&name),
-        })
-        .next()
+    let mut others = Others::default();
+    for name in candidates {
+        if process::is_served(&folder.at(&name)) {
+            let other = Other {
+                who: describe(root, folder, &name, name == mine),
+                socket: folder.shown(&name),
+            };
+            others.alive.insert(name, other);
+        } else {
+            others.silent = true;
+        }
+    }
+    others
 }
 
 fn describe(root: &Root, folder: &Folder, name: &str, mine: bool) -> String {
@@ -119,24 +135,25 @@ mod tests {
         let folder = Folder::open(&root, &path).unwrap();
         let pgpu = class("pgpu");
         let theirs = UnixListener::bind(folder.at("sandbox-pgpu.sock")).unwrap();
-        let other = find(&root, &folder, &pgpu, true).unwrap();
-        let said = other.to_string();
+        let alone = |others: Others| others.alive.is_empty() && !others.silent;
+        let others = find(&root, &folder, &pgpu, true);
+        assert!(!others.silent);
+        let said = others.alive["sandbox-pgpu.sock"].to_string();
         let process = format!("process {}", std::process::id());
         assert!(
             said.starts_with("NVIDIA's Sandbox Device Plugin") && said.contains(&process),
             "{said}"
         );
         assert!(said.ends_with("/sandbox-pgpu.sock"), "{said}");
-        assert_eq!(find(&root, &folder, &class("nvswitch"), true), None);
+        assert!(alone(find(&root, &folder, &class("nvswitch"), true)));
         drop(theirs);
-        assert_eq!(
-            find(&root, &folder, &pgpu, true),
-            None,
-            "a socket that nobody serves"
-        );
+        let left = find(&root, &folder, &pgpu, true);
+        assert!(left.alive.is_empty() && left.silent, "{left:?}");
+        std::fs::remove_file(folder.at("sandbox-pgpu.sock")).unwrap();
         let _mine = UnixListener::bind(folder.at("km-pgpu.sock")).unwrap();
-        assert_eq!(find(&root, &folder, &pgpu, true), None);
-        let other = find(&root, &folder, &pgpu, false).unwrap();
-        assert!(other.who.starts_with("another kata-manager"), "{other}");
+        assert!(alone(find(&root, &folder, &pgpu, true)));
+        let others = find(&root, &folder, &pgpu, false);
+        let who = &others.alive["km-pgpu.sock"].who;
+        assert!(who.starts_with("another kata-manager"), "{who}");
     }
 }

@@ -125,6 +125,8 @@ struct Resource {
     pause: Duration,
     /// When to look for another plugin that serves it, and the pause after that.
     look: Option<(Instant, Duration)>,
+    /// The sockets of those that have been named.
+    named: BTreeSet<String>,
 }
 
 impl Resource {
@@ -135,7 +137,7 @@ impl Resource {
         self.pause = FIRST_PAUSE;
     }
 
-    /// Looks for another plugin now, and for a while: a socket is there before anybody listens on it.
+    /// Looks for another plugin now; for a while where a socket is silent, as it is there before its plugin listens on it.
     fn look_for_others(&mut self) {
         self.look = Some((Instant::now(), FIRST_PAUSE));
     }
@@ -197,6 +199,10 @@ impl Plugin {
             }
         }
         self.all_due(Duration::ZERO);
+        for resource in self.resources.values_mut() {
+            resource.named.clear();
+            resource.look_for_others();
+        }
     }
 
     async fn next(&mut self) -> Result<Event, Error> {
@@ -254,15 +260,17 @@ impl Plugin {
             let Some((_, pause)) = resource.look.filter(|(at, _)| *at <= Instant::now()) else {
                 continue;
             };
-            resource.look = None;
-            if let Some(other) = conflict::find(&self.root, folder, class, true) {
-                tracing::error!(
-                    "{} is served by {other} too: the kubelet gives it to whoever registered last; stop one of the two",
-                    class.kind()
-                );
-            } else if pause <= LONGEST_PAUSE {
-                resource.look = Some((Instant::now() + pause, pause * 2));
+            let others = conflict::find(&self.root, folder, class, true);
+            for (socket, other) in &others.alive {
+                if resource.named.insert(socket.clone()) {
+                    tracing::error!(
+                        "{} is served by {other} too: the kubelet gives it to whoever registered last; stop one of the two",
+                        class.kind()
+                    );
+                }
             }
+            let again = others.silent && pause <= LONGEST_PAUSE;
+            resource.look = again.then(|| (Instant::now() + pause, pause * 2));
         }
     }
 
@@ -291,6 +299,9 @@ impl Plugin {
             if changed.went.contains(&mine) && lost && !resource.forced {
                 // Usually a kubelet that starts: its own socket comes next.
                 resource.due_after(DROPPED);
+            }
+            for name in changed.went.union(&changed.came) {
+                resource.named.remove(name);
             }
             let others = |name: &String| *name != mine && conflict::is_for(name, class);
             if changed.lost || changed.came.iter().any(others) {
@@ -376,7 +387,8 @@ impl Plugin {
 
 /// That nobody serves a class.
 fn is_free(root: &Root, folder: &Folder, class: &Class) -> Result<(), Error> {
-    match conflict::find(root, folder, class, false) {
+    let others = conflict::find(root, folder, class, false);
+    match others.alive.into_values().next() {
         None => Ok(()),
         Some(other) => Err(Error::Served {
             resource: class.kind(),
