@@ -15,7 +15,7 @@ use rustix::io::Errno;
 use crate::decide::{CDEVS, Catalogue, Seen, Wanted};
 
 /// The longest that looking at the devices of one sandbox may take; it takes milliseconds.
-const WITHIN: Duration = Duration::from_secs(15);
+pub const WITHIN: Duration = Duration::from_secs(15);
 
 /// Reads the specs. What is in the folder for running programs comes before what is in the static one, and a device that two files of
 /// one folder list is nobody's (CDI, pkg/cdi/cache.go).
@@ -45,31 +45,41 @@ pub fn catalogue(root: &Root) -> Result<Catalogue, Error> {
 /// Why the node cannot be looked at.
 #[derive(Debug, thiserror::Error)]
 pub enum LookError {
-    /// A function answers late.
+    /// It takes too long.
     #[error(
-        "{address} did not answer within {} s: it is being reset, or broken; see \"kata-manager devices list\"",
-        WITHIN.as_secs()
+        "the pod's devices could not be looked at within {} s; {slowest} alone took {} ms: a function is being reset, or broken, which the kernel's log tells (journalctl -k)",
+        WITHIN.as_secs(),
+        took.as_millis()
     )]
     Late {
-        /// The function that was looked at last.
-        address: Address,
+        /// What took longest.
+        slowest: String,
+        /// How long that was.
+        took: Duration,
     },
     /// The host.
     #[error(transparent)]
     Host(#[from] Error),
 }
 
-/// Looks at what is behind the nodes. `claims` are those of other sandboxes that live.
+/// Looks at what is behind the nodes, for as long as `within`. `claims` are those of other sandboxes that live.
 ///
-/// Reading a function that is being reset waits in the kernel until that is done (Linux, drivers/pci/access.c, `pci_wait_cfg`), and no
-/// signal ends it: a thread that watches could not end this process sooner. So the clock is looked at after each function.
+/// Reading the configuration space of a function that is being reset waits in the kernel until that is done, and no signal ends it
+/// (Linux, drivers/pci/access.c, `pci_wait_cfg`): a thread that watches could not end this process sooner. So the clock is looked at after
+/// each step.
 ///
 /// # Errors
-/// [`LookError`]: a function that answers late, or processes that have to be looked through and cannot be listed.
-pub fn look(root: &Root, wanted: &[Wanted], claims: &[Found]) -> Result<Seen, LookError> {
+/// [`LookError`]: it takes too long, or processes have to be looked through and cannot be listed.
+pub fn look(
+    root: &Root,
+    wanted: &[Wanted],
+    claims: &[Found],
+    within: Duration,
+) -> Result<Seen, LookError> {
     let mut looking = Looking {
         root,
-        until: Instant::now() + WITHIN,
+        until: Instant::now() + within,
+        slowest: (String::new(), Duration::ZERO),
         seen: Seen::default(),
     };
     for one in wanted {
@@ -87,19 +97,39 @@ pub fn look(root: &Root, wanted: &[Wanted], claims: &[Found]) -> Result<Seen, Lo
             looking.meet(address)?;
         }
     }
-    let mut seen = looking.seen;
-    seen.used = claimed(claims);
-    held(root, &mut seen)?;
-    Ok(seen)
+    looking.seen.used = claimed(claims);
+    looking.held()?;
+    Ok(looking.seen)
 }
 
 struct Looking<'a> {
     root: &'a Root,
     until: Instant,
+    /// What took longest, and how long.
+    slowest: (String, Duration),
     seen: Seen,
 }
 
 impl Looking<'_> {
+    /// Does a step, and looks at the clock.
+    fn step<T>(
+        &mut self,
+        what: impl FnOnce() -> String,
+        step: impl FnOnce(&Root) -> T,
+    ) -> Result<T, LookError> {
+        let began = Instant::now();
+        let done = step(self.root);
+        let now = Instant::now();
+        if now - began > self.slowest.1 {
+            self.slowest = (what(), now - began);
+        }
+        if now < self.until {
+            return Ok(done);
+        }
+        let (slowest, took) = std::mem::take(&mut self.slowest);
+        Err(LookError::Late { slowest, took })
+    }
+
     fn behind(&mut self, node: &str) -> Vec<Address> {
         if let Some(name) = node.strip_prefix(CDEVS) {
             let address = glance::character_device(self.root, name);
@@ -126,13 +156,11 @@ impl Looking<'_> {
         if self.seen.functions.contains_key(&address) {
             return Ok(());
         }
-        if let Some(function) = Glance::at(self.root, address) {
+        let glance = |root: &Root| Glance::at(root, address);
+        if let Some(function) = self.step(|| address.to_string(), glance)? {
             self.seen.functions.insert(address, function);
         }
-        match Instant::now() < self.until {
-            true => Ok(()),
-            false => Err(LookError::Late { address }),
-        }
+        Ok(())
     }
 
     /// All GPUs and NVSwitches that VFIO drivers have; only a pod with several GPUs can have all.
@@ -150,6 +178,41 @@ impl Looking<'_> {
         self.seen.primaries = functions.filter(primary).cloned().collect();
         Ok(())
     }
+
+    /// A group's node can be opened once, and not while a character device of the group is open (Linux, drivers/vfio/group.c,
+    /// `vfio_group_fops_open`): so opening it tells whether anybody has it. Where there is no such node, processes are looked through.
+    fn held(&mut self) -> Result<(), LookError> {
+        let mut unsure = Vec::new();
+        for (id, members) in self.seen.groups.clone() {
+            match self.opened(id)? {
+                Free::Yes => {}
+                Free::No | Free::Unknown => unsure.push((id, members)),
+            }
+        }
+        if unsure.is_empty() {
+            return Ok(());
+        }
+        let inventory = self.step(|| "the PCI bus".to_owned(), Inventory::observe)??;
+        let users = |root: &Root| Users::observe(root, &inventory);
+        let users = self.step(|| "all processes".to_owned(), users)??;
+        for (id, members) in unsure {
+            let busy = matches!(self.opened(id)?, Free::No);
+            for address in members {
+                let mut holders = users.of(address).filter(|holder| holder.file != CLAIM);
+                let holder = holders.next().map(ToString::to_string);
+                let unnamed = busy.then(|| "a process that cannot be seen from here".to_owned());
+                if let Some(holder) = holder.or(unnamed) {
+                    self.seen.used.entry(address).or_insert(holder);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn opened(&mut self, group: u32) -> Result<Free, LookError> {
+        let node = format!("/dev/vfio/{group}");
+        self.step(|| node.clone(), |root| open(root, &node))
+    }
 }
 
 fn claimed(claims: &[Found]) -> BTreeMap<Address, String> {
@@ -164,35 +227,6 @@ fn claimed(claims: &[Found]) -> BTreeMap<Address, String> {
         }
     }
     used
-}
-
-/// A group's node can be opened once, and not while a character device of the group is open (Linux, drivers/vfio/group.c,
-/// `vfio_group_fops_open`): so opening it tells whether anybody has it. Where there is no such node, processes are looked through.
-fn held(root: &Root, seen: &mut Seen) -> Result<(), Error> {
-    let mut unsure = Vec::new();
-    for (id, members) in &seen.groups {
-        match open(root, &format!("/dev/vfio/{id}")) {
-            Free::Yes => {}
-            Free::No | Free::Unknown => unsure.push((*id, members.clone())),
-        }
-    }
-    if unsure.is_empty() {
-        return Ok(());
-    }
-    let inventory = Inventory::observe(root)?;
-    let users = Users::observe(root, &inventory)?;
-    for (id, members) in unsure {
-        let busy = matches!(open(root, &format!("/dev/vfio/{id}")), Free::No);
-        for address in members {
-            let mut holders = users.of(address).filter(|holder| holder.file != CLAIM);
-            let holder = holders.next().map(ToString::to_string);
-            let unnamed = busy.then(|| "a process that cannot be seen from here".to_owned());
-            if let Some(holder) = holder.or(unnamed) {
-                seen.used.entry(address).or_insert(holder);
-            }
-        }
-    }
-    Ok(())
 }
 
 /// How [`Users`] calls a claim; claims have been looked at already.
@@ -223,26 +257,25 @@ mod tests {
     use km_tests_sysfs::shapes;
 
     use super::*;
+    use crate::table::Source;
 
     #[test]
-    fn a_function_that_answers_late_is_named() {
+    fn a_look_that_takes_too_long_says_what_took_longest() {
         let dir = tempfile::tempdir().unwrap();
         shapes::one_gpu().write(dir.path());
         let root = Root::new(dir.path()).unwrap();
-        let address = Inventory::observe(&root).unwrap().functions[0].address;
-        let mut looking = Looking {
-            root: &root,
-            until: Instant::now() + WITHIN,
-            seen: Seen::default(),
-        };
-        looking.meet(address).unwrap();
-        looking.until = Instant::now();
-        // What has answered is not asked again.
-        looking.meet(address).unwrap();
-        looking.seen.functions.clear();
-        let late = looking.meet(address).unwrap_err().to_string();
+        let inventory = Inventory::observe(&root).unwrap();
+        let group = inventory.groups[0].id;
+        let member = inventory.groups[0].members[0].address.to_string();
+        let wanted = [Wanted {
+            name: "nvidia.com/pgpu=0".to_owned(),
+            source: Source::Plugin,
+            node: format!("/dev/vfio/{group}"),
+        }];
+        look(&root, &wanted, &[], WITHIN).unwrap();
+        let late = look(&root, &wanted, &[], Duration::ZERO).unwrap_err();
         assert!(
-            late.starts_with(&format!("{address} did not answer")),
+            matches!(&late, LookError::Late { slowest, .. } if *slowest == member),
             "{late}"
         );
     }

@@ -113,13 +113,16 @@ pub fn prepare(
     let mut ahead = None;
     let meanwhile = || ahead = Some(Ahead::look(root, &claims));
     let given = kubelet::ask(root, settings, facts.pod.as_ref(), meanwhile)?;
-    let ahead = ahead.unwrap_or_else(|| Ahead::look(root, &claims));
     let asked = Asked {
         given,
         spec: facts.nodes.clone(),
         annotated: facts.annotated.clone(),
     };
-    let wanted = wanted(&asked, case, ahead.catalogue)?;
+    let (catalogue, starter) = match ahead {
+        Some(Ahead { catalogue, starter }) => (Some(catalogue), starter),
+        None => (None, claims.starter()),
+    };
+    let wanted = wanted(root, &asked, case, catalogue)?;
     let lock = claims.lock(LOCK_WAIT)?;
     let others = claims.sweep()?;
     if let (false, Some(Found::Unreadable { path, problem })) =
@@ -130,14 +133,14 @@ pub fn prepare(
             problem: problem.clone(),
         });
     }
-    let seen = look::look(root, &wanted, &others)?;
+    let seen = look::look(root, &wanted, &others, look::WITHIN)?;
     let decision = decide::decide(&asked, &wanted, case, settings.companions, &seen)?;
     let nodes = nodes(root, &decision)?;
     let edited = match nodes.is_empty() {
         true => None,
         false => Some(bundle.with_nodes(&nodes).map_err(spec_error)?),
     };
-    let claim = claim(root, ahead.starter?, settings, start, dir, &decision)?;
+    let claim = claim(root, starter?, settings, start, dir, &decision)?;
     claims.create(&claim)?;
     // From here on the claim dies with the bundle; and with this start, when it fails.
     let write = |parts: Vec<Cow<'_, str>>| {
@@ -225,19 +228,20 @@ impl Ahead {
     }
 }
 
+/// Most pods of a node may ask for no device at all; then the specs decide nothing, and are not read where they have not been.
 fn wanted(
+    root: &Root,
     asked: &Asked,
     case: Case,
-    catalogue: Result<Catalogue, Error>,
+    catalogue: Option<Result<Catalogue, Error>>,
 ) -> Result<Vec<Wanted>, PrepareError> {
     let given = match &asked.given {
         Given::NoKubelet => 0,
         Given::Pod { plugin, claims, .. } => plugin.len() + claims.len(),
     };
-    // A pod that asks for no device at all does not depend on the specs.
     let catalogue = match given + asked.annotated.len() {
         0 => Catalogue::new(),
-        _ => catalogue?,
+        _ => catalogue.unwrap_or_else(|| look::catalogue(root))?,
     };
     Ok(decide::wanted(asked, case, &catalogue)?)
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use km_podresources::Error as Kubelet;
 use km_shim::decide::Refusal;
 use km_shim::kubelet::AskError;
+use km_shim::look::LookError;
 use km_shim::prepare::PrepareError;
 use km_shim::settings::{self, SettingsError};
 use km_shim::table::Source;
@@ -66,6 +67,10 @@ fn messages() -> Vec<String> {
             problem: "EOF".to_owned(),
         },
         PrepareError::NoDevice { node: node() },
+        PrepareError::Look(LookError::Late {
+            slowest: "0000:41:00.0".to_owned(),
+            took: Duration::from_secs(14),
+        }),
         PrepareError::Kubelet(no_pod),
     ];
     let mut all: Vec<String> = refusals.iter().map(ToString::to_string).collect();

@@ -64,7 +64,8 @@ impl File {
 }
 
 fn content(root: &Root, path: &HostPath) -> std::io::Result<Vec<u8>> {
-    let fd = root.open(path.as_path(), OFlags::RDONLY)?;
+    // A pipe is not waited for.
+    let fd = root.open(path.as_path(), OFlags::RDONLY | OFlags::NONBLOCK)?;
     if FileType::from_raw_mode(rustix::fs::fstat(&fd)?.st_mode) != FileType::RegularFile {
         return Err(std::io::Error::other("it is no regular file"));
     }

@@ -3,6 +3,7 @@
 //! The connection is hyper's own and not tonic's channel: one errand needs no reconnecting, balancing or buffering, and the shim,
 //! which links this, has to stay small.
 
+use std::cell::Cell;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -31,7 +32,7 @@ pub struct Client {
     conversation: Conversation,
     socket: PathBuf,
     within: Duration,
-    deadline: Instant,
+    deadline: Cell<Instant>,
     connection: hyper::client::conn::http2::SendRequest<Body>,
 }
 
@@ -65,7 +66,7 @@ impl Client {
                     conversation,
                     socket: socket.to_path_buf(),
                     within,
-                    deadline,
+                    deadline: Cell::new(deadline),
                     connection,
                 })
             }
@@ -83,7 +84,7 @@ impl Client {
         self.get_and_meanwhile(namespace, name, || {})
     }
 
-    /// [`Client::get`], and something of the caller's while the kubelet looks for its answer. The deadline counts that too; it is not done
+    /// [`Client::get`], and something of the caller's while the kubelet looks for its answer. The deadline does not count that; it is not done
     /// where there is nothing to wait for.
     ///
     /// # Errors
@@ -170,15 +171,16 @@ impl Client {
         };
         let mut meanwhile = Some(meanwhile);
         loop {
-            let talk = &self.conversation;
-            let told = talk.until_and_meanwhile(make(), self.deadline, &mut meanwhile);
+            let (talk, mut deadline) = (&self.conversation, self.deadline.get());
+            let told = talk.until_and_meanwhile(make(), &mut deadline, &mut meanwhile);
+            self.deadline.set(deadline);
             let error = match told {
                 Ok(Ok(answer)) => return Ok(answer.into_inner()),
-                Ok(Err(_)) if Instant::now() >= self.deadline => return Err(late()),
+                Ok(Err(_)) if Instant::now() >= deadline => return Err(late()),
                 Ok(Err(status)) => Error::from_status(call, &self.socket, &status),
                 Err(Late) => return Err(late()),
             };
-            if !error.is_throttled() || Instant::now() + AGAIN >= self.deadline {
+            if !error.is_throttled() || Instant::now() + AGAIN >= deadline {
                 return Err(error);
             }
             std::thread::sleep(AGAIN);

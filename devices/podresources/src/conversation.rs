@@ -79,24 +79,25 @@ impl Conversation {
     /// # Errors
     /// [`Late`].
     pub(crate) fn until<F: Future>(&self, future: F, deadline: Instant) -> Result<F::Output, Late> {
-        self.until_and_meanwhile(future, deadline, &mut None::<fn()>)
+        let mut deadline = deadline;
+        self.until_and_meanwhile(future, &mut deadline, &mut None::<fn()>)
     }
 
-    /// Goes on until a future is done, and does something of the caller's when all has been said and the first answer is waited for.
-    /// Its time counts.
+    /// Goes on until a future is done, and does something of the caller's when all has been said and the first answer is waited for. The
+    /// deadline comes later by the time that this takes.
     ///
     /// # Errors
     /// [`Late`].
     pub(crate) fn until_and_meanwhile<F: Future>(
         &self,
         future: F,
-        deadline: Instant,
+        deadline: &mut Instant,
         meanwhile: &mut Option<impl FnOnce()>,
     ) -> Result<F::Output, Late> {
         let mut future = pin!(future);
         let waker = Waker::from(Arc::clone(&self.woken));
         let mut context = Context::from_waker(&waker);
-        self.wire.0.borrow_mut().deadline = deadline;
+        self.wire.0.borrow_mut().deadline = *deadline;
         loop {
             self.woken.0.store(true, Ordering::Relaxed);
             while self.woken.0.swap(false, Ordering::Relaxed) {
@@ -104,11 +105,22 @@ impl Conversation {
                     return Ok(output);
                 }
                 self.tasks.poll(&mut context);
-                if Instant::now() >= deadline {
+                if Instant::now() >= *deadline {
                     return Err(Late);
                 }
             }
-            self.wire.wait(meanwhile)?;
+            if self.wire.send() == Sent::Again {
+                continue;
+            }
+            if self.wire.has_said_all()
+                && let Some(work) = meanwhile.take()
+            {
+                let began = Instant::now();
+                work();
+                *deadline += began.elapsed();
+                self.wire.0.borrow_mut().deadline = *deadline;
+            }
+            self.wire.wait()?;
         }
     }
 }
@@ -194,24 +206,38 @@ impl Line {
     }
 }
 
+/// What sending has changed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Sent {
+    /// Somebody can go on: there is room again, or the socket is lost.
+    Again,
+    /// The socket is waited for.
+    Waits,
+}
+
 impl Wire {
-    /// Sends, and waits until the socket has something new, or there is room again.
-    fn wait(&self, meanwhile: &mut Option<impl FnOnce()>) -> Result<(), Late> {
+    /// Sends what there is room for.
+    fn send(&self) -> Sent {
         let mut line = self.0.borrow_mut();
         let before = line.unsent.len();
         if let Err(error) = line.send() {
             // Whoever reads next is told.
             line.lost = Some(error);
-            return Ok(());
+            return Sent::Again;
         }
-        if std::mem::take(&mut line.full) && line.unsent.len() < before {
-            return Ok(());
+        match std::mem::take(&mut line.full) && line.unsent.len() < before {
+            true => Sent::Again,
+            false => Sent::Waits,
         }
-        if line.unsent.is_empty()
-            && let Some(work) = meanwhile.take()
-        {
-            work();
-        }
+    }
+
+    fn has_said_all(&self) -> bool {
+        self.0.borrow().unsent.is_empty()
+    }
+
+    /// Waits until the socket has something new, or there is room again.
+    fn wait(&self) -> Result<(), Late> {
+        let mut line = self.0.borrow_mut();
         let mut events = PollFlags::IN;
         events.set(PollFlags::OUT, !line.unsent.is_empty());
         loop {
@@ -382,16 +408,18 @@ mod tests {
                 .poll_read(context, buffer.unfilled())
                 .map_ok(|()| buffer.filled().first().copied())
         });
-        let later = Instant::now() + Duration::from_secs(30);
+        let soon = Instant::now() + Duration::from_secs(30);
+        let mut later = soon;
         let mut work = Some(|| {
             let mut question = [0];
             peer.read_exact(&mut question).unwrap();
             assert_eq!(&question, b"?");
             peer.write_all(b"!").unwrap();
         });
-        let answer = conversation.until_and_meanwhile(talk, later, &mut work);
+        let answer = conversation.until_and_meanwhile(talk, &mut later, &mut work);
         assert_eq!(answer.unwrap().unwrap(), Some(b'!'));
         assert!(work.is_none());
+        assert!(later > soon, "what it took is not the peer's doing");
     }
 
     /// More than is gathered at a time, and more than a socket holds. The peer makes room between the writer's turn and the next wait, so that

@@ -3,7 +3,7 @@ use km_tests_sysfs::{Machine, shapes};
 use proptest::prelude::*;
 
 use super::*;
-use crate::look::look;
+use crate::look::{WITHIN, look};
 use crate::table::Containerd;
 use km_topology::{Kata, Version};
 
@@ -65,7 +65,7 @@ impl Place {
         self.machine.write(dir.path());
         let root = Root::new(dir.path()).unwrap();
         let wanted = wanted(asked, case, &self.catalogue())?;
-        let mut seen = look(&root, &wanted, &[]).unwrap();
+        let mut seen = look(&root, &wanted, &[], WITHIN).unwrap();
         change(&mut seen);
         decide(asked, &wanted, case, policy, &seen)
     }
@@ -397,7 +397,7 @@ fn everything() -> &'static Seen {
                 node: node.clone(),
             })
             .collect();
-        look(&Root::new(dir.path()).unwrap(), &wanted, &[]).unwrap()
+        look(&Root::new(dir.path()).unwrap(), &wanted, &[], WITHIN).unwrap()
     });
     &SEEN
 }
