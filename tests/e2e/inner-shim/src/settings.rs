@@ -76,9 +76,9 @@ impl Settings {
             "cold_plug_vfio is {plugged}, and only root-port is known here"
         );
         let path = text("path")?;
-        let text_of = nested()?;
-        let properties = text_of("properties");
-        let runtime = match text_of("runtime").as_deref() {
+        let nested = nested()?;
+        let properties = nested("properties");
+        let runtime = match nested("runtime").as_deref() {
             Some("go") => Runtime::Go,
             Some("rust") => Runtime::Rust,
             other => bail!("{NESTED} has the runtime {other:?}"),
@@ -91,7 +91,7 @@ impl Settings {
             memory: number("default_memory")?,
             ports: usize::try_from(number("pcie_root_port")?)?,
             properties: properties.with_context(|| format!("{NESTED} has no properties"))?,
-            bus: text_of("bus"),
+            bus: nested("bus"),
             runtime,
         })
     }

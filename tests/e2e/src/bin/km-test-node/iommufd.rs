@@ -30,11 +30,6 @@ fn iommufd(sandbox: &Sandbox) -> Result<()> {
     })?;
     node.step("CDI specs follow", specs::follow)?;
     pods::steps(sandbox, node, Runtime::Go)?;
-    // `uninstall` takes them away.
-    node.step("CDI specs once more", |node| {
-        node.kata_manager(&["cdi", "generate"], 0)?;
-        specs::follow(node)
-    })?;
     pods::steps(sandbox, node, Runtime::Rust)?;
     // Times are judged in it.
     node.step_alone("the device plugin", |node| plugin::works(node, first))?;

@@ -144,13 +144,17 @@ pub(crate) fn guest(node: &mut Node, way: Way, name: &str) -> Result<()> {
 }
 
 /// Boots the guest, which the caller does alone. About one in forty of these boots stops or resets early, without a word on the console: a guest in a guest of a
-/// software processor. Such a one, and no other, is tried once more, and the output says so.
+/// software processor; on the kernel with iommufd it was three of seven. Such a one, and no other, is tried again, and the output says so.
 fn boot(node: &mut Node, way: Way, address: &str) -> Result<Finished> {
     let qemu = qemu(way, address);
     let seconds = GUEST.as_secs().to_string();
     let mut words = vec!["/usr/bin/timeout", "--kill-after=20", &seconds];
     words.extend(qemu.iter().map(String::as_str));
-    for retries in 0..=1 {
+    let most = match way {
+        Way::Group => 1,
+        Way::Iommufd => 3,
+    };
+    for retries in 0..=most {
         let finished = node.run_for(&words, GUEST + SPARE)?;
         let said = finished.stdout.contains("function ");
         if finished.status.success() && said {
@@ -161,7 +165,7 @@ fn boot(node: &mut Node, way: Way, address: &str) -> Result<Finished> {
         // when that did not end it.
         let over = matches!(finished.code(), None | Some(0 | 124 | 137));
         let hung = over && !said;
-        ensure!(hung && retries == 0, "the nested guest {finished}");
+        ensure!(hung && retries < most, "the nested guest {finished}");
     }
-    bail!("the nested guest hung twice")
+    bail!("the nested guest hung each time")
 }

@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 
 use crate::plugin::{STAND_IN, ask};
 use crate::shown::{Device, Listed};
-use crate::{containerd, nested};
+use crate::{containerd, nested, specs};
 
 const HANDLER: &str = "kata-qemu-nvidia-gpu";
 
@@ -122,7 +122,11 @@ pub(crate) fn steps(sandbox: &Sandbox, node: &mut Node, runtime: Runtime) -> Res
         prepare(sandbox, node, runtime)
     })?;
     node.step_alone(&of("a pod has all devices"), |node| has_all(node, &ready))?;
-    node.step(&of("uninstall leaves nothing"), |node| clean(node, ready))
+    node.step(&of("uninstall leaves nothing"), |node| clean(node, ready))?;
+    node.step(&of("CDI specs once more"), |node| {
+        node.kata_manager(&["cdi", "generate"], 0)?;
+        specs::follow(node)
+    })
 }
 
 /// Everything is put in its place by `apply`, with a guest from a registry, as on a node of a cluster.
@@ -219,11 +223,12 @@ fn clean(node: &mut Node, ready: Ready) -> Result<()> {
     let handlers = wait::until("containerd", CALL, || ready.cri.handlers())?;
     ensure!(handlers == ["runc"], "{handlers:?}");
     let left = format!(
-        "ls -d /etc/kata-manager/handlers /opt/kata-manager {}/* 2>/dev/null || true",
+        "ls -d /etc/kata-manager/handlers /opt/kata-manager {} 2>/dev/null || true",
         containerd::ARTIFACTS
     );
     let left = node.shell(&left)?;
     ensure!(left.is_empty(), "there is {left}");
+    specs::are_gone(node)?;
     node.shell(&format!(
         "rm -r {KATA} {} /var/lib/kubelet/pod-resources",
         containerd::CONFIG
@@ -288,10 +293,8 @@ fn lives(
 /// Nothing of a pod is left when it is removed.
 fn ends(node: &mut Node, ready: &Ready, pod: &Pod) -> Result<()> {
     ready.cri.remove_sandbox(&pod.sandbox)?;
-    nobody_holds(node)?;
-    let left = node.shell("pgrep -a qemu-system || true; pgrep -a km-inner-shim || true")?;
-    ensure!(left.is_empty(), "after the pod there is {left}");
-    Ok(())
+    nothing_is_left(node)?;
+    is_gone(node, INNER)
 }
 
 /// A runtime that leaves the ports out does not get its QEMU, and the pod's event says why.
@@ -305,14 +308,23 @@ fn misplaced(node: &mut Node, ready: &Ready, names: &[String]) -> Result<()> {
     ];
     fails(ready, "misplaced", &why)?;
     inner(node, ready.runtime, None)?;
-    nobody_holds(node)
+    nothing_is_left(node)
 }
 
-fn nobody_holds(node: &mut Node) -> Result<()> {
+/// No device is held, and no QEMU runs.
+fn nothing_is_left(node: &mut Node) -> Result<()> {
     for device in &Listed::of(node)?.devices {
         ensure!(device.holders.is_empty(), "after the pod: {device:?}");
     }
-    Ok(())
+    is_gone(node, "qemu-system")
+}
+
+fn is_gone(node: &mut Node, program: &str) -> Result<()> {
+    wait::until(&format!("the end of {program}"), CALL, || {
+        let left = node.shell(&format!("pgrep -a {program} || true"))?;
+        ensure!(left.is_empty(), "there is {left}");
+        Ok(())
+    })
 }
 
 /// The guest says nothing, or no more. As in [`nested`], such a one, and no other, is tried once more, and the output says so.
