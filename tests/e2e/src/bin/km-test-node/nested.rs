@@ -144,7 +144,7 @@ pub(crate) fn guest(node: &mut Node, way: Way, name: &str) -> Result<()> {
 }
 
 /// Boots the guest, which the caller does alone. About one in forty of these boots stops or resets early, without a word on the console: a guest in a guest of a
-/// software processor; on the kernel with iommufd it was three of seven. Such a one, and no other, is tried again, and the output says so.
+/// software processor; on the kernel with iommufd it was three of six. Such a one, and no other, is tried again, and the output says so.
 fn boot(node: &mut Node, way: Way, address: &str) -> Result<Finished> {
     let qemu = qemu(way, address);
     let seconds = GUEST.as_secs().to_string();
