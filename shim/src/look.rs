@@ -48,10 +48,12 @@ pub enum LookError {
     /// It takes too long.
     #[error(
         "the pod's devices could not be looked at within {} s; {slowest} alone took {} ms: a function is being reset, or broken, which the kernel's log tells (journalctl -k)",
-        WITHIN.as_secs(),
+        within.as_secs(),
         took.as_millis()
     )]
     Late {
+        /// How long it may take.
+        within: Duration,
         /// What took longest.
         slowest: String,
         /// How long that was.
@@ -78,7 +80,8 @@ pub fn look(
 ) -> Result<Seen, LookError> {
     let mut looking = Looking {
         root,
-        until: Instant::now() + within,
+        began: Instant::now(),
+        within,
         slowest: (String::new(), Duration::ZERO),
         seen: Seen::default(),
     };
@@ -104,7 +107,8 @@ pub fn look(
 
 struct Looking<'a> {
     root: &'a Root,
-    until: Instant,
+    began: Instant,
+    within: Duration,
     /// What took longest, and how long.
     slowest: (String, Duration),
     seen: Seen,
@@ -123,11 +127,15 @@ impl Looking<'_> {
         if now - began > self.slowest.1 {
             self.slowest = (what(), now - began);
         }
-        if now < self.until {
+        if now - self.began < self.within {
             return Ok(done);
         }
         let (slowest, took) = std::mem::take(&mut self.slowest);
-        Err(LookError::Late { slowest, took })
+        Err(LookError::Late {
+            within: self.within,
+            slowest,
+            took,
+        })
     }
 
     fn behind(&mut self, node: &str) -> Vec<Address> {
@@ -182,11 +190,12 @@ impl Looking<'_> {
     /// A group's node can be opened once, and not while a character device of the group is open (Linux, drivers/vfio/group.c,
     /// `vfio_group_fops_open`): so opening it tells whether anybody has it. Where there is no such node, processes are looked through.
     fn held(&mut self) -> Result<(), LookError> {
+        let groups: Vec<u32> = self.seen.groups.keys().copied().collect();
         let mut unsure = Vec::new();
-        for (id, members) in self.seen.groups.clone() {
+        for id in groups {
             match self.opened(id)? {
                 Free::Yes => {}
-                Free::No | Free::Unknown => unsure.push((id, members)),
+                Free::No | Free::Unknown => unsure.push(id),
             }
         }
         if unsure.is_empty() {
@@ -195,9 +204,9 @@ impl Looking<'_> {
         let inventory = self.step(|| "the PCI bus".to_owned(), Inventory::observe)??;
         let users = |root: &Root| Users::observe(root, &inventory);
         let users = self.step(|| "all processes".to_owned(), users)??;
-        for (id, members) in unsure {
+        for id in unsure {
             let busy = matches!(self.opened(id)?, Free::No);
-            for address in members {
+            for address in self.group(id) {
                 let mut holders = users.of(address).filter(|holder| holder.file != CLAIM);
                 let holder = holders.next().map(ToString::to_string);
                 let unnamed = busy.then(|| "a process that cannot be seen from here".to_owned());

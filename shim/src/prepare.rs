@@ -110,8 +110,9 @@ pub fn prepare(
     }
     let case = case(settings);
     let claims = Claims::open(root)?;
+    // What does not depend on the kubelet's answer.
     let mut ahead = None;
-    let meanwhile = || ahead = Some(Ahead::look(root, &claims));
+    let meanwhile = || ahead = Some((look::catalogue(root), claims.starter()));
     let given = kubelet::ask(root, settings, facts.pod.as_ref(), meanwhile)?;
     let asked = Asked {
         given,
@@ -119,7 +120,7 @@ pub fn prepare(
         annotated: facts.annotated.clone(),
     };
     let (catalogue, starter) = match ahead {
-        Some(Ahead { catalogue, starter }) => (Some(catalogue), starter),
+        Some((catalogue, starter)) => (Some(catalogue), starter),
         None => (None, claims.starter()),
     };
     let wanted = wanted(root, &asked, case, catalogue)?;
@@ -210,21 +211,6 @@ fn case(settings: &Settings) -> Case {
         kata: settings.kata,
         confidential: settings.confidential,
         containerd,
-    }
-}
-
-/// What does not depend on the kubelet's answer, and is looked at while that is waited for.
-struct Ahead {
-    catalogue: Result<Catalogue, Error>,
-    starter: Result<Starter, Error>,
-}
-
-impl Ahead {
-    fn look(root: &Root, claims: &Claims<'_>) -> Ahead {
-        Ahead {
-            catalogue: look::catalogue(root),
-            starter: claims.starter(),
-        }
     }
 }
 

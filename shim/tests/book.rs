@@ -68,6 +68,7 @@ fn messages() -> Vec<String> {
         },
         PrepareError::NoDevice { node: node() },
         PrepareError::Look(LookError::Late {
+            within: km_shim::look::WITHIN,
             slowest: "0000:41:00.0".to_owned(),
             took: Duration::from_secs(14),
         }),

@@ -1,6 +1,5 @@
 //! Who else serves a resource. A kubelet gives a resource to whoever registered last, so two plugins take it from each other for ever.
 
-use std::collections::BTreeMap;
 use std::fmt;
 
 use km_cdi::names::Class;
@@ -41,34 +40,35 @@ pub(crate) fn is_for(name: &str, class: &Class) -> bool {
     before.is_some_and(|before| before.is_empty() || before.ends_with('-'))
 }
 
-/// Who has a socket for a class, beside us.
-#[derive(Debug, Default)]
+/// The sockets for a class that others have.
+#[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Others {
-    /// Those that answer, by their sockets' names.
-    pub(crate) alive: BTreeMap<String, Other>,
-    /// Whether there is a socket that nobody listens on: left over, or one that its plugin has just made.
+    /// Those that somebody serves, by their names.
+    pub(crate) served: Vec<String>,
+    /// Whether there is one that nobody listens on: left over, or one that its plugin has just made.
     pub(crate) silent: bool,
 }
 
-/// Looks for other plugins that serve a class. Our own socket counts when `ours` is false: then another process has it.
-pub(crate) fn find(root: &Root, folder: &Folder, class: &Class, ours: bool) -> Others {
+/// Looks for sockets of other plugins that serve a class. Our own counts when `ours` is false: then another process has it.
+pub(crate) fn find(folder: &Folder, class: &Class, ours: bool) -> Others {
     let mine = socket_name(class);
     let candidates = folder.sockets().into_iter().filter(|name| {
         name != api::KUBELET_SOCKET && is_for(name, class) && !(ours && *name == mine)
     });
-    let mut others = Others::default();
-    for name in candidates {
-        if process::is_served(&folder.at(&name)) {
-            let other = Other {
-                who: describe(root, folder, &name, name == mine),
-                socket: folder.shown(&name),
-            };
-            others.alive.insert(name, other);
-        } else {
-            others.silent = true;
-        }
+    let (served, silent): (Vec<_>, Vec<_>) =
+        candidates.partition(|name| process::is_served(&folder.at(name)));
+    Others {
+        served,
+        silent: !silent.is_empty(),
     }
-    others
+}
+
+/// The plugin behind a socket.
+pub(crate) fn behind(root: &Root, folder: &Folder, class: &Class, name: &str) -> Other {
+    Other {
+        who: describe(root, folder, name, name == socket_name(class)),
+        socket: folder.shown(name),
+    }
 }
 
 fn describe(root: &Root, folder: &Folder, name: &str, mine: bool) -> String {
@@ -135,25 +135,28 @@ mod tests {
         let folder = Folder::open(&root, &path).unwrap();
         let pgpu = class("pgpu");
         let theirs = UnixListener::bind(folder.at("sandbox-pgpu.sock")).unwrap();
-        let alone = |others: Others| others.alive.is_empty() && !others.silent;
-        let others = find(&root, &folder, &pgpu, true);
+        let find = |class: &Class, ours| find(&folder, class, ours);
+        let behind = |name: &str| behind(&root, &folder, &pgpu, name);
+        let alone = Others::default();
+        let others = find(&pgpu, true);
+        assert_eq!(others.served, ["sandbox-pgpu.sock"]);
         assert!(!others.silent);
-        let said = others.alive["sandbox-pgpu.sock"].to_string();
+        let said = behind("sandbox-pgpu.sock").to_string();
         let process = format!("process {}", std::process::id());
         assert!(
             said.starts_with("NVIDIA's Sandbox Device Plugin") && said.contains(&process),
             "{said}"
         );
         assert!(said.ends_with("/sandbox-pgpu.sock"), "{said}");
-        assert!(alone(find(&root, &folder, &class("nvswitch"), true)));
+        assert_eq!(find(&class("nvswitch"), true), alone);
         drop(theirs);
-        let left = find(&root, &folder, &pgpu, true);
-        assert!(left.alive.is_empty() && left.silent, "{left:?}");
+        let left = find(&pgpu, true);
+        assert!(left.served.is_empty() && left.silent, "{left:?}");
         std::fs::remove_file(folder.at("sandbox-pgpu.sock")).unwrap();
         let _mine = UnixListener::bind(folder.at("km-pgpu.sock")).unwrap();
-        assert!(alone(find(&root, &folder, &pgpu, true)));
-        let others = find(&root, &folder, &pgpu, false);
-        let who = &others.alive["km-pgpu.sock"].who;
-        assert!(who.starts_with("another kata-manager"), "{who}");
+        assert_eq!(find(&pgpu, true), alone);
+        assert_eq!(find(&pgpu, false).served, ["km-pgpu.sock"]);
+        let other = behind("km-pgpu.sock");
+        assert!(other.who.starts_with("another kata-manager"), "{other}");
     }
 }

@@ -260,14 +260,17 @@ impl Plugin {
             let Some((_, pause)) = resource.look.filter(|(at, _)| *at <= Instant::now()) else {
                 continue;
             };
-            let others = conflict::find(&self.root, folder, class, true);
-            for (socket, other) in &others.alive {
-                if resource.named.insert(socket.clone()) {
-                    tracing::error!(
-                        "{} is served by {other} too: the kubelet gives it to whoever registered last; stop one of the two",
-                        class.kind()
-                    );
+            let others = conflict::find(folder, class, true);
+            for socket in others.served {
+                if resource.named.contains(&socket) {
+                    continue;
                 }
+                let other = conflict::behind(&self.root, folder, class, &socket);
+                tracing::error!(
+                    "{} is served by {other} too: the kubelet gives it to whoever registered last; stop one of the two",
+                    class.kind()
+                );
+                resource.named.insert(socket);
             }
             let again = others.silent && pause <= LONGEST_PAUSE;
             resource.look = again.then(|| (Instant::now() + pause, pause * 2));
@@ -387,12 +390,11 @@ impl Plugin {
 
 /// That nobody serves a class.
 fn is_free(root: &Root, folder: &Folder, class: &Class) -> Result<(), Error> {
-    let others = conflict::find(root, folder, class, false);
-    match others.alive.into_values().next() {
+    match conflict::find(folder, class, false).served.first() {
         None => Ok(()),
-        Some(other) => Err(Error::Served {
+        Some(socket) => Err(Error::Served {
             resource: class.kind(),
-            other,
+            other: conflict::behind(root, folder, class, socket),
         }),
     }
 }

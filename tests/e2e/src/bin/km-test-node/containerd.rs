@@ -108,7 +108,7 @@ fn prepare(sandbox: &Sandbox, node: &mut Node, registry: &Registry) -> Result<Wh
 pub(crate) fn images(sandbox: &Sandbox, node: &mut Node) -> Result<()> {
     for archive in images::write(sandbox.parts(), &sandbox.folder("images")?)? {
         node.put("/run/image.tar", 0o644, &fs::read(archive)?)?;
-        node.shell("ctr --namespace k8s.io images import /run/image.tar")?;
+        node.shell("ctr --namespace k8s.io images import /run/image.tar; rm /run/image.tar")?;
     }
     let wanted =
         node.shell("containerd config dump | sed -n \"s/^ *sandbox = '\\(.*\\)'$/\\1/p\"")?;

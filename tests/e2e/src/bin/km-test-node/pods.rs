@@ -293,8 +293,7 @@ fn lives(
 /// Nothing of a pod is left when it is removed.
 fn ends(node: &mut Node, ready: &Ready, pod: &Pod) -> Result<()> {
     ready.cri.remove_sandbox(&pod.sandbox)?;
-    nothing_is_left(node)?;
-    is_gone(node, INNER)
+    nothing_is_left(node)
 }
 
 /// A runtime that leaves the ports out does not get its QEMU, and the pod's event says why.
@@ -311,17 +310,13 @@ fn misplaced(node: &mut Node, ready: &Ready, names: &[String]) -> Result<()> {
     nothing_is_left(node)
 }
 
-/// No device is held, and no QEMU runs.
+/// No device is held, and no program of the pod runs; containerd ends the shim of a refused launch after it has said so.
 fn nothing_is_left(node: &mut Node) -> Result<()> {
     for device in &Listed::of(node)?.devices {
         ensure!(device.holders.is_empty(), "after the pod: {device:?}");
     }
-    is_gone(node, "qemu-system")
-}
-
-fn is_gone(node: &mut Node, program: &str) -> Result<()> {
-    wait::until(&format!("the end of {program}"), CALL, || {
-        let left = node.shell(&format!("pgrep -a {program} || true"))?;
+    wait::until("the pod's programs to end", CALL, || {
+        let left = node.shell("pgrep -a qemu-system || true; pgrep -a km-inner-shim || true")?;
         ensure!(left.is_empty(), "there is {left}");
         Ok(())
     })
