@@ -2,6 +2,7 @@
 //! `/etc/kata-manager/<class>.d/*.toml`. Files are read here, and judged by `km_runtimeclasses`.
 
 use std::io::ErrorKind;
+use std::path::PathBuf;
 
 use anyhow::Result;
 use km_host::HostPath;
@@ -11,6 +12,7 @@ use crate::config::RuntimeClass;
 use crate::failure::{Failure, Kind};
 use crate::node::Node;
 use crate::programs;
+use crate::wanted::CONFIGURATION;
 
 /// The folder beside whose files each class has its own.
 const DIR: &str = "/etc/kata-manager";
@@ -97,6 +99,30 @@ fn read(node: &Node, path: &HostPath) -> Result<String> {
         }
     })?;
     String::from_utf8(bytes).map_err(|_| bad("is not UTF-8 text").into())
+}
+
+/// What Kata reads of a class's live generation, in order: its configuration, and the files of `config.d` beside that. None without one.
+pub(crate) fn configuration(node: &Node, class: &str) -> Result<Vec<String>> {
+    let Some(number) = node.store.live_number(class)? else {
+        return Ok(Vec::new());
+    };
+    let dir = node.store.generation_dir(class, number);
+    let mut paths = vec![dir.join(CONFIGURATION)];
+    let entries = std::fs::read_dir(dir.join("config.d"));
+    let entries = entries.into_iter().flatten().flatten();
+    let mut added: Vec<PathBuf> = entries.map(|entry| entry.path()).collect();
+    added.retain(|path| path.extension().is_some_and(|ending| ending == "toml"));
+    added.sort();
+    paths.append(&mut added);
+    let texts = paths
+        .iter()
+        .map(|path| match std::fs::read_to_string(path) {
+            Ok(text) => Ok(text),
+            // One that is gone is among the generation's damages.
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(String::new()),
+            Err(error) => Err(km_host::Error::io("read", path)(error).into()),
+        });
+    texts.collect()
 }
 
 /// The text of the additions of a generation that is there, for show. What is wrong with them is among its damages.

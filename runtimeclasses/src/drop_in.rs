@@ -182,6 +182,17 @@ fn setting(kind: &ClassKind, facts: &Facts<'_>, key: &Key) -> Option<Value> {
     })
 }
 
+/// Whether guests get NUMA nodes: the last of Kata's files that says so counts. `texts` are the configuration and the files of `config.d`
+/// beside it, in order. One that is no TOML says nothing.
+pub fn has_numa<'a>(texts: impl IntoIterator<Item = &'a str>) -> bool {
+    let says = |text: &str| -> Option<bool> {
+        let document: DocumentMut = text.parse().ok()?;
+        let qemu = document.get("hypervisor")?.get("qemu")?;
+        qemu.get("enable_numa")?.as_bool()
+    };
+    texts.into_iter().filter_map(says).last().unwrap_or(false)
+}
+
 /// `pcie_root_port`. The Go runtime makes as many as there are devices anyway, and ports that nothing is behind would change what a
 /// confidential guest is measured as.
 fn ports(kind: &ClassKind, facts: &Facts<'_>) -> u32 {
@@ -224,6 +235,25 @@ mod tests {
             crate::find(class).expect("a class of the catalogue"),
             &facts,
         )
+    }
+
+    #[test]
+    fn who_is_read_last_says_whether_there_are_numa_nodes() {
+        let ours = made(PLAIN, Runtime::Go, (4, 1), None).text;
+        let on = "[hypervisor.qemu]\nenable_numa = true\n";
+        assert!(has_numa([on]));
+        assert!(!has_numa([on, &ours]));
+        assert!(has_numa([&ours, on]));
+        assert!(has_numa([&ours, on, "[hypervisor.qemu]\nkernel = 1\n"]));
+        for silent in [
+            "",
+            "hypervisor",
+            "hypervisor = 1\n",
+            "[hypervisor.qemu]\nenable_numa = \"yes\"\n",
+        ] {
+            assert!(!has_numa([silent]), "{silent}");
+            assert!(has_numa([on, silent]), "{silent}");
+        }
     }
 
     /// Every key as `table.key=value`, sorted.

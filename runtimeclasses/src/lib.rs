@@ -5,7 +5,7 @@
 //!
 //! - [`catalogue`]: the classes, and what each needs of a Kata installation.
 //! - [`configuration`]: the Kata configuration of a generation: the artifact's own with its paths re-rooted, or a rendered one.
-//! - [`drop_in`]: what the node adds to it.
+//! - [`drop_in`]: what the node adds to it; [`has_numa`]: what all of it together says.
 //! - [`check_own`]: whether what the user adds can go beside it.
 //! - [`runtime_class_manifest`]: the RuntimeClass object.
 
@@ -22,7 +22,7 @@ use std::collections::BTreeSet;
 pub use catalogue::{
     ClassKind, POD_ANNOTATIONS, Provider, RequiredFile, Runtime, Tee, catalogue, find,
 };
-pub use drop_in::{DROP_IN, DropIn, Facts, Kata, KataVersion, Sizing, drop_in};
+pub use drop_in::{DROP_IN, DropIn, Facts, Kata, KataVersion, Sizing, drop_in, has_numa};
 pub use error::ConfigError;
 pub use manifest::{runtime_class_manifest, to_yaml};
 pub use own::{OWN_PREFIX, OwnError, check_own};

@@ -15,7 +15,7 @@ use crate::config::Config;
 use crate::draw::planned as draw;
 use crate::failure::{Failure, Kind};
 use crate::node::Node;
-use crate::{kata, output, wanted};
+use crate::{additions, kata, output, wanted};
 
 /// The class that is planned for unless told otherwise.
 const CLASS: &str = "kata-qemu-nvidia-gpu";
@@ -142,6 +142,12 @@ pub(super) async fn run(
     if guest.kata_version.is_none() {
         plan.notes.extend(found.warning(&node.config.provider));
     }
+    let tells = guest.numa.is_empty() && guest.layout.is_none() && kata.emits_numa();
+    if tells && has_numa(&node, class)? {
+        plan.notes.push(format!(
+            "guests of {class} have NUMA nodes (enable_numa in its Kata configuration), and this one is planned without: say which of the host's with --numa"
+        ));
+    }
     let idle: Vec<String> = named
         .functions
         .iter()
@@ -171,6 +177,14 @@ pub(super) async fn run(
     };
     let body = json!({ "class": class, "plan": plan, "arguments": qemu });
     output::result(global.output, "TopologyPlan", body, &text)
+}
+
+/// Whether Kata gives NUMA nodes to guests of a class.
+fn has_numa(node: &Node, class: &str) -> Result<bool> {
+    let files = additions::configuration(node, class)?;
+    Ok(km_runtimeclasses::has_numa(
+        files.iter().map(String::as_str),
+    ))
 }
 
 /// Options and their values, one pair a line, so that they can be pasted into a shell.
