@@ -8,6 +8,7 @@
 
 mod agent;
 mod devices;
+mod numa;
 mod process;
 mod service;
 mod settings;

@@ -43,6 +43,10 @@ pub(crate) struct Settings {
     pub(crate) memory: i64,
     /// The least number of root ports.
     pub(crate) ports: usize,
+    /// Whether devices are attached before the guest starts; never otherwise.
+    pub(crate) cold_plug: bool,
+    /// Whether the guest has the host's NUMA nodes.
+    pub(crate) numa: bool,
     /// More properties of each device of the host, with a comma in front; empty for none.
     pub(crate) properties: String,
     /// The bus of every device of the host, instead of its port: what no Kata does.
@@ -70,11 +74,12 @@ impl Settings {
             let found = qemu.get(key).and_then(Setting::as_integer);
             found.with_context(|| missing(key))
         };
-        let plugged = text("cold_plug_vfio")?;
-        ensure!(
-            plugged == "root-port",
-            "cold_plug_vfio is {plugged}, and only root-port is known here"
-        );
+        let cold_plug = match text("cold_plug_vfio")?.as_str() {
+            "root-port" => true,
+            "no-port" => false,
+            other => bail!("cold_plug_vfio is {other}, which is not known here"),
+        };
+        let numa = qemu.get("enable_numa").and_then(Setting::as_bool);
         let path = text("path")?;
         let nested = nested()?;
         let properties = nested("properties");
@@ -90,6 +95,8 @@ impl Settings {
             append: text("kernel_params")?,
             memory: number("default_memory")?,
             ports: usize::try_from(number("pcie_root_port")?)?,
+            cold_plug,
+            numa: numa.unwrap_or(false),
             properties: properties.with_context(|| format!("{NESTED} has no properties"))?,
             bus: nested("bus"),
             runtime,

@@ -13,6 +13,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 use crate::devices::Function;
+use crate::numa::{self, Nodes};
 use crate::settings::{Runtime, Settings};
 
 /// A folder for each sandbox, as Kata's /run/vc/vm: a bundle's path is too long for a socket.
@@ -32,9 +33,12 @@ pub(crate) fn folder(sandbox: &str) -> PathBuf {
     Path::new(FOLDER).join(sandbox.chars().take(16).collect::<String>())
 }
 
-/// The arguments (kata-containers 4.1, src/runtime/pkg/govmm/qemu/qemu.go): as many root ports as are configured or needed, then
-/// the functions.
-fn arguments(settings: &Settings, sandbox: &str, functions: &[Function]) -> Vec<String> {
+/// The arguments (kata-containers 4.1, src/runtime/pkg/govmm/qemu/qemu.go): ports, then the functions behind them.
+fn arguments(settings: &Settings, sandbox: &str, functions: &[Function]) -> Result<Vec<String>> {
+    let functions = match settings.cold_plug {
+        true => functions,
+        false => &[],
+    };
     let folder = folder(sandbox);
     let file = |name: &str| folder.join(name).display().to_string();
     let mut words: Vec<String> = [
@@ -73,13 +77,25 @@ fn arguments(settings: &Settings, sandbox: &str, functions: &[Function]) -> Vec<
     ]
     .map(str::to_owned)
     .to_vec();
-    for at in 0..functions.len().max(settings.ports) {
-        words.extend(["-device".to_owned(), port(settings.runtime, at)]);
+    let buses = match settings.numa {
+        true => {
+            let Nodes { arguments, buses } = numa::nodes(settings.memory, functions)?;
+            words.extend(arguments);
+            buses
+        }
+        // As many as are configured or needed.
+        false => {
+            let most = functions.len().max(settings.ports);
+            let ports = (0..most).map(|at| port(settings.runtime, at));
+            words.extend(ports.flat_map(|port| ["-device".to_owned(), port]));
+            (0..most).map(|at| format!("rp{at}")).collect()
+        }
+    };
+    for (at, (function, bus)) in functions.iter().zip(buses).enumerate() {
+        let bus = settings.bus.clone().unwrap_or(bus);
+        words.extend(device(settings, at, function, &bus));
     }
-    for (at, function) in functions.iter().enumerate() {
-        words.extend(device(settings, at, function));
-    }
-    words
+    Ok(words)
 }
 
 /// A root port, as the runtimes write it (Go: qemu.go as above; runtime-rs: src/runtime-rs/crates/hypervisor/src/qemu/cmdline_generator.rs).
@@ -101,11 +117,10 @@ fn port(runtime: Runtime, at: usize) -> String {
 const RUST_SLOT: usize = 9;
 const RUST_CHASSIS: usize = 10;
 
-/// A function behind its port. One that was given by a node of its own has an iommufd object of its own.
-fn device(settings: &Settings, at: usize, function: &Function) -> Vec<String> {
+/// A function on a bus. One that was given by a node of its own has an iommufd object of its own.
+fn device(settings: &Settings, at: usize, function: &Function, bus: &str) -> Vec<String> {
     let Function { address, iommufd } = function;
     let properties = &settings.properties;
-    let bus = settings.bus.clone().unwrap_or_else(|| format!("rp{at}"));
     let (object, device) = match settings.runtime {
         Runtime::Go => {
             let object = format!("iommufdvfio-{at}");
@@ -135,7 +150,7 @@ pub(crate) fn launch(settings: &Settings, sandbox: &str, functions: &[Function])
     fs::create_dir_all(&folder).with_context(|| format!("make {}", folder.display()))?;
     let said = folder.join("said");
     let mut child = Command::new(&settings.qemu)
-        .args(arguments(settings, sandbox, functions))
+        .args(arguments(settings, sandbox, functions)?)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(File::create(&said)?)

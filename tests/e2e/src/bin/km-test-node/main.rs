@@ -11,6 +11,7 @@ mod containerd;
 mod devices;
 mod doctor;
 mod hardware;
+mod inside;
 mod iommufd;
 mod nested;
 mod plugin;

@@ -29,10 +29,10 @@ mount -t sysfs sysfs /sys
 poweroff -f
 ";
 
-/// Tells each PCI function of a guest with its place.
+/// Tells each PCI function of a guest with its place and its NUMA node.
 const FUNCTIONS: &str = r#"#!/bin/sh
 for function in /sys/bus/pci/devices/*; do
-    echo "function $(readlink -f $function) $(cat $function/vendor) $(cat $function/device)"
+    echo "function $(readlink -f $function) $(cat $function/vendor) $(cat $function/device) $(cat $function/numa_node)"
 done
 echo these are all
 "#;

@@ -1,7 +1,6 @@
 //! Pods with the node's GPUs, as a cluster starts them: CRI, containerd 2.x, the shim, an inner shim that launches real QEMU as Kata
 //! does (`tests/e2e/inner-shim`), `kata-manager-qemu`, and a guest whose own sysfs tells where its GPUs are.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -17,6 +16,7 @@ use km_tests_e2e::sandbox::Sandbox;
 use km_tests_e2e::{guest, images, wait};
 use serde_json::{Value, json};
 
+use crate::inside::{Hung, functions};
 use crate::plugin::{STAND_IN, ask};
 use crate::shown::{Device, Listed};
 use crate::{containerd, nested, specs};
@@ -28,6 +28,9 @@ const INNER: &str = "km-inner-shim";
 
 /// Where `apply` finds Kata's shim, QEMU and firmware, which no Debian package has there.
 const KATA: &str = "/opt/kata";
+
+/// Settings of the class's own.
+const SETTINGS: &str = "/etc/kata-manager/kata-qemu-nvidia-gpu.d/test.toml";
 
 /// The version that Kata says it is. It asks the kubelet itself.
 const VERSION: &str = "4.1.0";
@@ -122,6 +125,10 @@ pub(crate) fn steps(sandbox: &Sandbox, node: &mut Node, runtime: Runtime) -> Res
         prepare(sandbox, node, runtime)
     })?;
     node.step_alone(&of("a pod has all devices"), |node| has_all(node, &ready))?;
+    if node.shape().numa_nodes > 1 {
+        node.step_alone(&of("a pod with NUMA nodes"), |node| numa(node, &ready))?;
+    }
+    node.step_alone(&of("devices are injected"), |node| injected(node, &ready))?;
     node.step(&of("uninstall leaves nothing"), |node| clean(node, ready))?;
     node.step(&of("CDI specs once more"), |node| {
         node.kata_manager(&["cdi", "generate"], 0)?;
@@ -230,7 +237,7 @@ fn clean(node: &mut Node, ready: Ready) -> Result<()> {
     ensure!(left.is_empty(), "there is {left}");
     specs::are_gone(node)?;
     node.shell(&format!(
-        "rm -r {KATA} {} /var/lib/kubelet/pod-resources",
+        "rm -r {KATA} {} {SETTINGS} /var/lib/kubelet/pod-resources",
         containerd::CONFIG
     ))?;
     Ok(())
@@ -245,22 +252,37 @@ fn restart(node: &mut Node, cri: &Cri) -> Result<()> {
 /// All GPUs of the node, and what goes with them, in one pod: through a claim of dynamic resource allocation, which no Kata reads, so
 /// that the shim has to write them.
 fn has_all(node: &mut Node, ready: &Ready) -> Result<()> {
-    let listed = Listed::of(node)?;
-    let primaries = listed.devices.iter().filter(|device| device.is_primary());
-    let names: Vec<String> = primaries
-        .map(|device| format!("nvidia.com/{}={}", device.class(), device.address))
-        .collect();
+    let names = primaries(&Listed::of(node)?);
     claim(node, "all", &names)?;
+    with_pod(node, ready, "all", |node, pod, patience| {
+        lives(node, ready, pod, &names, patience)
+    })?;
+    misplaced(node, ready, &names)
+}
+
+/// The names of all devices that a pod can ask for.
+fn primaries(listed: &Listed) -> Vec<String> {
+    let primaries = listed.devices.iter().filter(|device| device.is_primary());
+    let name = |device: &Device| format!("nvidia.com/{}={}", device.class(), device.address);
+    primaries.map(name).collect()
+}
+
+/// Runs a pod, does something with it, and removes it. One whose guest hangs is taken once more.
+fn with_pod(
+    node: &mut Node,
+    ready: &Ready,
+    name: &str,
+    mut check: impl FnMut(&mut Node, &Pod, Duration) -> Result<()>,
+) -> Result<()> {
     for (retries, patience) in GUEST.into_iter().enumerate() {
         let command = &["/bin/sleep", "100000"];
         let pod = ready
             .cri
-            .run_pod_named(HANDLER, "all", images::BUSYBOX, command)?;
-        match lives(node, ready, &pod, &listed, &names, patience) {
+            .run_pod_named(HANDLER, name, images::BUSYBOX, command)?;
+        match check(node, &pod, patience) {
             Ok(()) => {
                 node.note(&format!("the pod's guest answered, retries: {retries}"));
-                ends(node, ready, &pod)?;
-                return misplaced(node, ready, &names);
+                return ends(node, ready, &pod);
             }
             Err(error) if retries == 0 && error.is::<Hung>() => {
                 ready.cri.remove_sandbox(&pod.sandbox)?;
@@ -268,7 +290,7 @@ fn has_all(node: &mut Node, ready: &Ready) -> Result<()> {
             Err(error) => return Err(with_console(node, &pod, error)),
         }
     }
-    bail!("the pod's guest hung twice")
+    bail!("the guest of the pod {name} hung twice")
 }
 
 /// A pod and its guest, before and after a restart of containerd.
@@ -276,17 +298,77 @@ fn lives(
     node: &mut Node,
     ready: &Ready,
     pod: &Pod,
-    listed: &Listed,
     names: &[String],
     patience: Duration,
 ) -> Result<()> {
-    pause_spec(node, pod, listed)?;
-    let seen = functions(ready, pod, patience)?;
-    is_the_plan(node, listed, &seen)?;
+    pause_spec(node, pod)?;
+    let seen = functions(&ready.cri, pod, patience)?;
+    seen.is_planned(node, &format!("{NAMESPACE}/all"), &[])?;
     held(node, ready, names)?;
     restart(node, &ready.cri)?;
-    let again = functions(ready, pod, patience).context("after a restart of containerd")?;
+    let again = functions(&ready.cri, pod, patience).context("after a restart of containerd")?;
     ensure!(again == seen, "after a restart: {again:?}");
+    Ok(())
+}
+
+/// A guest with the host's NUMA nodes, which the class's own settings ask for: each device is behind its node's root bus, as drawn, and the
+/// guest's kernel knows its node.
+fn numa(node: &mut Node, ready: &Ready) -> Result<()> {
+    let names = primaries(&Listed::of(node)?);
+    settings(node, "[hypervisor.qemu]\nenable_numa = true\n")?;
+    claim(node, "numa", &names)?;
+    let nodes: Vec<String> = (0..node.shape().numa_nodes)
+        .map(|one| one.to_string())
+        .collect();
+    let nodes = nodes.join(",");
+    with_pod(node, ready, "numa", |node, pod, patience| {
+        let seen = functions(&ready.cri, pod, patience)?;
+        let pod = format!("{NAMESPACE}/numa");
+        let without = node.kata_manager(&["topology", "--plan", &pod], 0)?.stdout;
+        ensure!(
+            without.contains("say which of the host's with --numa"),
+            "{without}"
+        );
+        seen.is_planned(node, &pod, &["--numa", &nodes])
+    })
+}
+
+/// A Kata that attaches nothing: `kata-manager-qemu` does it, for real QEMU.
+fn injected(node: &mut Node, ready: &Ready) -> Result<()> {
+    let listed = Listed::of(node)?;
+    settings(node, "[hypervisor.qemu]\ncold_plug_vfio = \"no-port\"\n")?;
+    // Without it the pod has no device.
+    claim(node, "bare", &primaries(&listed))?;
+    fails(
+        ready,
+        "bare",
+        &["is refused", "was given to this sandbox and is missing"],
+    )?;
+    let config = String::from_utf8(node.get(containerd::CONFIG)?)?;
+    let injecting = config.replacen(
+        "\n  artifacts:",
+        "\n  launch: {mode: inject}\n  artifacts:",
+        1,
+    );
+    node.put(containerd::CONFIG, 0o644, injecting.as_bytes())?;
+    // What `properties` of the inner shim's are for, where it is not the inner shim that writes them.
+    let qemu = format!("{KATA}/bin/qemu-system-x86_64");
+    let script =
+        "#!/bin/sh\nexec /usr/bin/qemu-system-x86_64 \"$@\" -global vfio-pci.x-no-mmap=on\n";
+    node.shell(&format!("rm {qemu}"))?;
+    node.put(&qemu, 0o755, script.as_bytes())?;
+    node.kata_manager(&["apply"], 0)?;
+    claim(node, "injected", &primaries(&listed))?;
+    with_pod(node, ready, "injected", |_, pod, patience| {
+        let seen = functions(&ready.cri, pod, patience)?;
+        seen.has_all(&listed)
+    })
+}
+
+/// The class's own settings, which `apply` puts into a generation.
+fn settings(node: &mut Node, text: &str) -> Result<()> {
+    node.put(SETTINGS, 0o644, text.as_bytes())?;
+    node.kata_manager(&["apply"], 0)?;
     Ok(())
 }
 
@@ -322,16 +404,6 @@ fn nothing_is_left(node: &mut Node) -> Result<()> {
     })
 }
 
-/// The guest says nothing, or no more. As in [`nested`], such a one, and no other, is tried once more, and the output says so.
-#[derive(Debug)]
-struct Hung;
-
-impl std::fmt::Display for Hung {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("the pod's guest does not answer")
-    }
-}
-
 fn claim(node: &mut Node, pod: &str, names: &[String]) -> Result<Value> {
     let claim = json!({ "claim": {
         "claim": "gpus", "cdi": names, "namespace": NAMESPACE, "pod": pod, "container": "main",
@@ -340,7 +412,8 @@ fn claim(node: &mut Node, pod: &str, names: &[String]) -> Result<Value> {
 }
 
 /// The sandbox's specification, as its shim found it, has the node of each group, or of each function that has one of its own.
-fn pause_spec(node: &mut Node, pod: &Pod, listed: &Listed) -> Result<()> {
+fn pause_spec(node: &mut Node, pod: &Pod) -> Result<()> {
+    let listed = Listed::of(node)?;
     let path = format!(
         "/run/containerd/io.containerd.runtime.v2.task/k8s.io/{}/config.json",
         pod.sandbox
@@ -361,70 +434,6 @@ fn pause_spec(node: &mut Node, pod: &Pod, listed: &Listed) -> Result<()> {
         paths == wanted,
         "{wanted:?} are wanted, the sandbox has {paths:?}"
     );
-    Ok(())
-}
-
-/// The guest's functions behind ports: the bus that each is on, and what it is.
-type Seen = BTreeMap<u64, String>;
-
-fn functions(ready: &Ready, pod: &Pod, patience: Duration) -> Result<Seen> {
-    let command = &["/bin/functions"];
-    let said = wait::until("the guest's agent", patience, || {
-        let said =
-            ready
-                .cri
-                .exec_within(&pod.container, command, patience.as_secs().cast_signed())?;
-        ensure!(said.code == 0, "{said:?}");
-        Ok(said.stdout)
-    })
-    .context(Hung)?;
-    ensure!(said.contains("these are all"), "it said {said}");
-    let mut seen = Seen::new();
-    for line in said.lines() {
-        let words: Vec<&str> = line.split(' ').collect();
-        let ["function", path, vendor, device] = words[..] else {
-            continue;
-        };
-        if vendor != "0x10de" {
-            continue;
-        }
-        // /sys/devices/pci0000:00/0000:00:03.0/0000:02:00.0
-        let steps: Vec<&str> = path
-            .trim_start_matches("/sys/devices/")
-            .split('/')
-            .collect();
-        ensure!(steps.len() == 3, "{path} is not behind one port");
-        let bus = steps[2].split(':').nth(1).context("a bus number")?;
-        let bus = u64::from_str_radix(bus, 16)?;
-        ensure!(steps[2].ends_with(":00.0"), "{path} is not at 00.0");
-        let what = device.trim_start_matches("0x").to_owned();
-        let other = seen.insert(bus, what);
-        ensure!(other.is_none(), "bus {bus} has two functions: {said}");
-    }
-    Ok(seen)
-}
-
-/// What is drawn for the pod is what its guest has.
-fn is_the_plan(node: &mut Node, listed: &Listed, seen: &Seen) -> Result<()> {
-    let words = ["topology", "--plan", "default/all", "--output", "json"];
-    let said = node.kata_manager(&words, 0)?.stdout;
-    let plan: Value = serde_json::from_str(&said).with_context(|| said.clone())?;
-    let list = |key: &str| plan["plan"][key].as_array().cloned().unwrap_or_default();
-    let mut planned = Seen::new();
-    for device in list("devices") {
-        let ports = list("ports");
-        let port = ports.iter().find(|port| port["id"] == device["port"]);
-        let bus = port.and_then(|port| port["bus"].as_u64());
-        let address = device["address"].as_str().unwrap_or_default();
-        let id = listed.at(address)?.id();
-        let what = id.split(' ').nth(1).unwrap_or_default().to_owned();
-        planned.insert(bus.context("a port has a bus")?, what);
-    }
-    ensure!(
-        &planned == seen,
-        "planned is {planned:?}, the guest has {seen:?}"
-    );
-    ensure!(!seen.is_empty(), "the guest has no GPU: {said}");
     Ok(())
 }
 
