@@ -2,13 +2,14 @@
 //! `/etc/kata-manager/<class>.d/*.toml`. Files are read here, and judged by `km_runtimeclasses`.
 
 use std::io::ErrorKind;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use km_host::HostPath;
 use km_runtimeclasses::{DROP_IN, OWN_PREFIX, check_own};
 
 use crate::config::RuntimeClass;
+use crate::execute::CONFIGURATION_LIMIT;
 use crate::failure::{Failure, Kind};
 use crate::node::Node;
 use crate::programs;
@@ -101,28 +102,35 @@ fn read(node: &Node, path: &HostPath) -> Result<String> {
     String::from_utf8(bytes).map_err(|_| bad("is not UTF-8 text").into())
 }
 
-/// What Kata reads of a class's live generation, in order: its configuration, and the files of `config.d` beside that. None without one.
+/// What Kata reads of a class's live generation, in order: its configuration, and all of `config.d` beside that. What is no file, too large
+/// or no text says nothing: it is among the generation's damages, or the artifact's own doing.
+///
+/// # Errors
+/// When the class's name is unusable or the disk fails.
 pub(crate) fn configuration(node: &Node, class: &str) -> Result<Vec<String>> {
     let Some(number) = node.store.live_number(class)? else {
         return Ok(Vec::new());
     };
     let dir = node.store.generation_dir(class, number);
-    let mut paths = vec![dir.join(CONFIGURATION)];
-    let entries = std::fs::read_dir(dir.join("config.d"));
-    let entries = entries.into_iter().flatten().flatten();
-    let mut added: Vec<PathBuf> = entries.map(|entry| entry.path()).collect();
-    added.retain(|path| path.extension().is_some_and(|ending| ending == "toml"));
+    let folder = dir.join("config.d");
+    let failed = |error| km_host::Error::io("list", &folder)(error);
+    let mut added = match std::fs::read_dir(&folder) {
+        Ok(entries) => entries
+            .map(|entry| Ok(entry.map_err(failed)?.path()))
+            .collect::<Result<Vec<PathBuf>>>()?,
+        Err(error) if error.kind() == ErrorKind::NotFound => Vec::new(),
+        Err(error) => return Err(failed(error).into()),
+    };
     added.sort();
-    paths.append(&mut added);
-    let texts = paths
-        .iter()
-        .map(|path| match std::fs::read_to_string(path) {
-            Ok(text) => Ok(text),
-            // One that is gone is among the generation's damages.
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(String::new()),
-            Err(error) => Err(km_host::Error::io("read", path)(error).into()),
-        });
-    texts.collect()
+    let all = std::iter::once(dir.join(CONFIGURATION)).chain(added);
+    Ok(all.filter_map(|path| text_of(&path)).collect())
+}
+
+/// A file's text.
+fn text_of(path: &Path) -> Option<String> {
+    let meta = path.symlink_metadata().ok()?;
+    let usual = meta.is_file() && meta.len() <= CONFIGURATION_LIMIT;
+    usual.then(|| std::fs::read_to_string(path).ok()).flatten()
 }
 
 /// The text of the additions of a generation that is there, for show. What is wrong with them is among its damages.
@@ -142,12 +150,7 @@ pub(crate) fn live(node: &Node, class: &str, number: u64) -> String {
     paths.append(&mut names);
     let mut text = String::new();
     for path in paths {
-        let path = dir.join(path);
-        let is_file = path.symlink_metadata().is_ok_and(|meta| meta.is_file());
-        if let Some(more) = is_file
-            .then(|| std::fs::read_to_string(&path).ok())
-            .flatten()
-        {
+        if let Some(more) = text_of(&dir.join(path)) {
             text.push_str(&more);
             text.push('\n');
         }

@@ -23,7 +23,7 @@ use crate::progress::Shown;
 use crate::{programs, wanted};
 
 /// The largest configuration of an artifact that is read, in bytes.
-const CONFIGURATION_LIMIT: u64 = 1 << 20;
+pub(crate) const CONFIGURATION_LIMIT: u64 = 1 << 20;
 
 /// Carries out what was prepared. The lock is held.
 pub(crate) async fn execute(

@@ -388,7 +388,8 @@ mod tests {
         }
         let without_proc = Root::new(dir.path()).unwrap();
         let error = socket_peer(&without_proc, &socket).unwrap_err();
-        assert!(error.to_string().contains("connect to"), "{error}");
+        let why = std::error::Error::source(&error).unwrap().to_string();
+        assert!(why.contains("takes no connections"), "{error}: {why}");
     }
 
     #[test]

@@ -76,7 +76,12 @@ fn messages() -> Vec<String> {
     ];
     let mut all: Vec<String> = refusals.iter().map(ToString::to_string).collect();
     all.extend(prepare.iter().map(ToString::to_string));
-    all.extend([late.to_string(), settings.to_string()]);
+    let expanders = km_topology::Refusal::ExpandersThere;
+    all.extend([
+        late.to_string(),
+        settings.to_string(),
+        expanders.to_string(),
+    ]);
     all
 }
 

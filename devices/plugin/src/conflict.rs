@@ -82,7 +82,7 @@ fn describe(root: &Root, folder: &Folder, name: &str, mine: bool) -> String {
             Some(exe) => format!("{what} (process {}, {})", process.pid, exe.display()),
             None => format!("{what} (process {}, {})", process.pid, process.name),
         },
-        // In another process namespace: its socket is all that is known.
+        // In another process namespace, or hanging: its socket is all that is known.
         Ok(None) | Err(_) => what.to_owned(),
     }
 }

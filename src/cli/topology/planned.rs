@@ -142,10 +142,10 @@ pub(super) async fn run(
     if guest.kata_version.is_none() {
         plan.notes.extend(found.warning(&node.config.provider));
     }
-    let tells = guest.numa.is_empty() && guest.layout.is_none() && kata.emits_numa();
-    if tells && has_numa(&node, class)? {
+    if plan.layout != Layout::Numa && kata.emits_numa() && has_numa(&node, class)? {
         plan.notes.push(format!(
-            "guests of {class} have NUMA nodes (enable_numa in its Kata configuration), and this one is planned without: say which of the host's with --numa"
+            "Kata's configuration of {class} has enable_numa = true, and this guest is planned without expanders: name the host's NUMA nodes with --numa, \
+             a single one with --layout numa as well"
         ));
     }
     let idle: Vec<String> = named
@@ -179,7 +179,7 @@ pub(super) async fn run(
     output::result(global.output, "TopologyPlan", body, &text)
 }
 
-/// Whether Kata gives NUMA nodes to guests of a class.
+/// Whether Kata gives NUMA nodes to new guests of a class.
 fn has_numa(node: &Node, class: &str) -> Result<bool> {
     let files = additions::configuration(node, class)?;
     Ok(km_runtimeclasses::has_numa(

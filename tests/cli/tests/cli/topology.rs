@@ -48,6 +48,58 @@ fn guests_of_prepared_machines_are_planned() {
     assert_snapshot!("topology_plan_no_iommu", off);
 }
 
+#[test]
+fn a_plan_without_the_numa_nodes_that_a_class_has_says_so() {
+    let class = "kata-qemu-nvidia-gpu";
+    let place = Place::new(Some(GPU));
+    let root = place.path().join("root");
+    eight_gpus_with_iommufd(&root);
+    let artifacts = root.join("opt/artifacts");
+    let generation = artifacts.join(".store/generations").join(class).join("7");
+    let added = generation.join("config.d");
+    std::fs::create_dir_all(&added).unwrap();
+    std::os::unix::fs::symlink(
+        format!(".store/generations/{class}/7"),
+        artifacts.join(class),
+    )
+    .unwrap();
+    let write = |name: &str, on: bool| {
+        let text = format!("[hypervisor.qemu]\nenable_numa = {on}\n");
+        std::fs::write(added.join(name), text).unwrap();
+    };
+    let noted = |words: &[&str]| {
+        let said = place.run(&[&["topology", "--plan", "13:00.0,94:00.0"], words].concat());
+        assert_eq!(said.code, 0, "{said}");
+        said.stdout.contains("planned without expanders")
+    };
+    assert!(!noted(&[]));
+    write("60-kata-manager.toml", false);
+    assert!(!noted(&[]));
+    // Kata reads every file, whatever its name ends with.
+    write("70-user-numa", true);
+    assert!(noted(&[]));
+    assert!(noted(&["--numa", "0,1", "--layout", "root-port"]));
+    assert!(!noted(&["--numa", "0,1"]));
+    assert!(!noted(&["--kata-version", "4.0"]));
+    assert!(!noted(&["--kata-runtime", "rust"]));
+    // What is no text of a configuration says nothing.
+    std::fs::create_dir(added.join("80-folder.toml")).unwrap();
+    std::os::unix::fs::symlink("70-user-numa", added.join("81-link.toml")).unwrap();
+    std::fs::write(added.join("82-bytes.toml"), [0xff; 8]).unwrap();
+    assert!(noted(&[]));
+    write("90-off.toml", false);
+    assert!(!noted(&[]));
+}
+
+fn eight_gpus_with_iommufd(root: &std::path::Path) {
+    km_tests_sysfs::shapes::eight_gpus().write(root);
+    let nodes = root.join("dev/vfio/devices");
+    std::fs::create_dir_all(&nodes).unwrap();
+    for number in 0..12 {
+        std::fs::write(nodes.join(format!("vfio{number}")), "").unwrap();
+    }
+}
+
 /// The guest that the book draws, and the pages that do.
 const DRAWN: [&str; 7] = [
     "topology",
@@ -62,12 +114,7 @@ const DRAWN: [&str; 7] = [
 #[test]
 fn the_book_shows_what_the_program_prints() {
     let place = Place::new(Some(GPU));
-    km_tests_sysfs::shapes::eight_gpus().write(&place.path().join("root"));
-    let nodes = place.path().join("root/dev/vfio/devices");
-    std::fs::create_dir_all(&nodes).unwrap();
-    for number in 0..12 {
-        std::fs::write(nodes.join(format!("vfio{number}")), "").unwrap();
-    }
+    eight_gpus_with_iommufd(&place.path().join("root"));
     let book = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/src");
     let page = std::fs::read_to_string(book.join("topology.md")).unwrap();
     let prompt = format!("# kata-manager {}\n", DRAWN.join(" "));

@@ -22,13 +22,15 @@ pub(crate) struct Nodes {
     pub(crate) buses: Vec<String>,
 }
 
-/// Makes the nodes of a guest with that many MiB, all with an equal share. It has one processor, which is the first node's.
+/// Makes the nodes of a guest with that many MiB: equal shares, and the first has what is left. It has one processor, which is the first node's.
 pub(crate) fn nodes(memory: i64, functions: &[Function]) -> Result<Nodes> {
     let hosts = online()?;
-    let share = memory / i64::try_from(hosts.len())?;
+    let count = i64::try_from(hosts.len())?;
+    let (share, left) = (memory / count, memory % count);
     let mut arguments = Vec::new();
     let mut add = |option: &str, value: String| arguments.extend([option.to_owned(), value]);
     for (node, host) in hosts.iter().enumerate() {
+        let share = if node == 0 { share + left } else { share };
         let memory = format!(
             "memory-backend-ram,id=numa-mem{node},size={share}M,host-nodes={host},policy=bind"
         );

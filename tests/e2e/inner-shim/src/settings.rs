@@ -137,7 +137,6 @@ fn merged(config: &Path) -> Result<Table> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
         Err(error) => return Err(error).with_context(|| format!("list {}", folder.display())),
     };
-    files.retain(|path| path.extension().is_some_and(|ending| ending == "toml"));
     files.sort();
     for file in files {
         merge(&mut all, read(&file)?);

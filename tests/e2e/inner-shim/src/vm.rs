@@ -77,7 +77,7 @@ fn arguments(settings: &Settings, sandbox: &str, functions: &[Function]) -> Resu
     ]
     .map(str::to_owned)
     .to_vec();
-    let buses = match settings.numa {
+    let buses = match settings.numa && settings.runtime == Runtime::Go {
         true => {
             let Nodes { arguments, buses } = numa::nodes(settings.memory, functions)?;
             words.extend(arguments);

@@ -9,6 +9,7 @@ use km_tests_e2e::node_in_a_box::Node;
 use km_tests_e2e::wait;
 use serde_json::Value;
 
+use crate::pods::NAMESPACE;
 use crate::shown::{Device, Listed};
 
 /// The guest says nothing, or no more. As in [`crate::nested`], such a one, and no other, is tried once more, and the output says so.
@@ -84,11 +85,36 @@ fn id(device: &Device) -> String {
     id.split(' ').nth(1).unwrap_or_default().to_owned()
 }
 
+/// The bus of each device of the host, by address, in the arguments of a pod's QEMU.
+fn attached(node: &mut Node, pod: &Pod) -> Result<BTreeMap<String, String>> {
+    let line = format!("pgrep -f 'name sandbox-{}' | head -n 1", pod.sandbox);
+    let process = node.shell(&line)?;
+    let words = node.get(&format!("/proc/{}/cmdline", process.trim()))?;
+    let words = String::from_utf8(words)?;
+    let value = |word: &str, key: &str| {
+        let value = word.split(',').find_map(|part| part.strip_prefix(key));
+        value.map(str::to_owned)
+    };
+    let devices = words
+        .split('\0')
+        .filter(|word| word.starts_with("vfio-pci,"));
+    Ok(devices
+        .filter_map(|word| Some((value(word, "host=")?, value(word, "bus=")?)))
+        .collect())
+}
+
 impl Seen {
-    /// What is drawn for the pod is what its guest has. `more` says what guest is meant.
-    pub(crate) fn is_planned(&self, node: &mut Node, pod: &str, more: &[&str]) -> Result<()> {
-        let listed = Listed::of(node)?;
-        let words = [&["topology", "--plan", pod, "--output", "json"], more].concat();
+    /// What is drawn for the pod is what its QEMU was told of each device, by address, and what its guest has. `more` says what guest is meant.
+    pub(crate) fn is_planned(
+        &self,
+        node: &mut Node,
+        pod: &Pod,
+        name: &str,
+        more: &[&str],
+    ) -> Result<()> {
+        let (listed, attached) = (Listed::of(node)?, attached(node, pod)?);
+        let name = format!("{NAMESPACE}/{name}");
+        let words = [&["topology", "--plan", &name, "--output", "json"], more].concat();
         let said = node.kata_manager(&words, 0)?.stdout;
         let plan: Value = serde_json::from_str(&said).with_context(|| said.clone())?;
         let list = |key: &str| plan["plan"][key].as_array().cloned().unwrap_or_default();
@@ -105,6 +131,10 @@ impl Seen {
                 None => (0, -1),
             };
             let address = device["address"].as_str().unwrap_or_default();
+            ensure!(
+                attached.get(address).map(String::as_str) == device["port"].as_str(),
+                "{device} is drawn, and QEMU was told {attached:?}"
+            );
             let id = id(listed.at(address)?);
             let bus = port["bus"].as_u64().context("a port has a bus")?;
             planned.insert(bus, Function { id, above });
