@@ -112,18 +112,23 @@ pub(crate) fn configuration(node: &Node, class: &str) -> Result<Vec<String>> {
         return Ok(Vec::new());
     };
     let dir = node.store.generation_dir(class, number);
+    let all = std::iter::once(dir.join(CONFIGURATION)).chain(added(&dir)?);
+    Ok(all.filter_map(|path| text_of(&path)).collect())
+}
+
+/// What is in a generation's `config.d`, in the order in which Kata reads it.
+fn added(dir: &Path) -> Result<Vec<PathBuf>, km_host::Error> {
     let folder = dir.join("config.d");
     let failed = |error| km_host::Error::io("list", &folder)(error);
     let mut added = match std::fs::read_dir(&folder) {
         Ok(entries) => entries
             .map(|entry| Ok(entry.map_err(failed)?.path()))
-            .collect::<Result<Vec<PathBuf>>>()?,
+            .collect::<Result<Vec<PathBuf>, km_host::Error>>()?,
         Err(error) if error.kind() == ErrorKind::NotFound => Vec::new(),
-        Err(error) => return Err(failed(error).into()),
+        Err(error) => return Err(failed(error)),
     };
     added.sort();
-    let all = std::iter::once(dir.join(CONFIGURATION)).chain(added);
-    Ok(all.filter_map(|path| text_of(&path)).collect())
+    Ok(added)
 }
 
 /// A file's text.
@@ -136,24 +141,11 @@ fn text_of(path: &Path) -> Option<String> {
 /// The text of the additions of a generation that is there, for show. What is wrong with them is among its damages.
 pub(crate) fn live(node: &Node, class: &str, number: u64) -> String {
     let dir = node.store.generation_dir(class, number);
-    let own = |name: &String| format!("config.d/{name}").starts_with(OWN_PREFIX);
-    let mut paths = vec![DROP_IN.to_owned()];
-    let entries = std::fs::read_dir(dir.join("config.d"))
-        .into_iter()
-        .flatten();
-    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-    let mut names: Vec<String> = names
-        .filter(own)
-        .map(|name| format!("config.d/{name}"))
-        .collect();
-    names.sort();
-    paths.append(&mut names);
-    let mut text = String::new();
-    for path in paths {
-        if let Some(more) = text_of(&dir.join(path)) {
-            text.push_str(&more);
-            text.push('\n');
-        }
-    }
-    text
+    let added = added(&dir).unwrap_or_default();
+    let ours = added.iter().filter(|path| {
+        let name = path.strip_prefix(&dir).ok().and_then(Path::to_str);
+        name.is_some_and(|name| name == DROP_IN || name.starts_with(OWN_PREFIX))
+    });
+    let texts = ours.filter_map(|path| text_of(path));
+    texts.flat_map(|text| [text, "\n".to_owned()]).collect()
 }

@@ -60,14 +60,11 @@ pub(crate) fn functions(cri: &Cri, pod: &Pod, patience: Duration) -> Result<Seen
             anyhow::bail!("{path} is not behind one port")
         };
         ensure!(function.ends_with(":00.0"), "{path} is not at 00.0");
-        let function = (
-            bus(function)?,
-            Function {
-                id: device.trim_start_matches("0x").to_owned(),
-                above: (bus(port)?, node.parse()?),
-            },
-        );
-        let other = seen.insert(function.0, function.1);
+        let there = Function {
+            id: device.trim_start_matches("0x").to_owned(),
+            above: (bus(port)?, node.parse()?),
+        };
+        let other = seen.insert(bus(function)?, there);
         ensure!(other.is_none(), "two functions share a bus: {said}");
     }
     ensure!(!seen.is_empty(), "the guest has no GPU: {said}");

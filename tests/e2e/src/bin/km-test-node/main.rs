@@ -67,8 +67,8 @@ fn main() -> Result<ExitCode> {
     Ok(libtest_mimic::run(&arguments, trials).exit_code())
 }
 
-/// What the console of a node has whose kernel fell over, or found its own memory or file system, which was new at its start, to be wrong.
-const FALLEN: [&str; 3] = ["Kernel panic - not syncing", "Corrupt filesystem", "BUG: "];
+/// What the console of a node has whose kernel fell over, or found its file system, which was new at its start, to be broken.
+const FALLEN: [&str; 2] = ["Kernel panic - not syncing", "Corrupt filesystem"];
 
 /// Does a test; once more when the node's own kernel fell over, which its console says. A software processor with two threads now and
 /// then runs old code where the kernel has just written new (`int3` without anybody who wants it, a lock that is none). The output says so.

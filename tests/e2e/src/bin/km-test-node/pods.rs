@@ -242,7 +242,7 @@ fn clean(node: &mut Node, ready: Ready) -> Result<()> {
     ensure!(left.is_empty(), "there is {left}");
     specs::are_gone(node)?;
     node.shell(&format!(
-        "rm -rf {KATA} {} {SETTINGS} /var/lib/kubelet/pod-resources",
+        "rm -f {SETTINGS}; rm -r {KATA} {} /var/lib/kubelet/pod-resources",
         containerd::CONFIG
     ))?;
     Ok(())
