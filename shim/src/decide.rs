@@ -55,6 +55,10 @@ pub struct Seen {
     pub functions: BTreeMap<Address, Glance>,
     /// The members of each group.
     pub groups: BTreeMap<u32, Vec<Address>>,
+    /// The functions' own character devices (`vfio0`); empty where groups are given away.
+    pub cdevs: BTreeMap<Address, String>,
+    /// The device numbers of the groups' nodes that nobody has, which were opened to learn that.
+    pub numbers: BTreeMap<String, u64>,
     /// Who else uses a function, in words.
     pub used: BTreeMap<Address, String>,
     /// The GPUs and NVSwitches of the node that VFIO drivers have.
@@ -406,7 +410,7 @@ impl<'a> Plan<'a> {
                 let ours = function.filter(|f| f.kind.is_some() && f.on_vfio());
                 if let Some(function) = ours.filter(|f| !self.got.contains_key(&f.address)) {
                     let why = format!("it is in the IOMMU group of {address}");
-                    missing.insert(*member, (why, node(function, cdev)));
+                    missing.insert(*member, (why, self.node(function, cdev)));
                 }
             }
         }
@@ -421,13 +425,23 @@ impl<'a> Plan<'a> {
         if gpus > 1 && of(Kind::Gpu).all(|gpu| has(&gpu)) {
             for switch in of(Kind::NvSwitch).filter(|switch| !has(switch)) {
                 let why = format!("it is an NVSwitch, and the pod has all {gpus} GPUs");
-                missing.insert(switch.address, (why, node(switch, cdev)));
+                missing.insert(switch.address, (why, self.node(switch, cdev)));
             }
         }
         let missing = missing.into_iter();
         missing
             .map(|(address, (why, node))| (address, why, node))
             .collect()
+    }
+
+    /// The node by which a companion is given away: as the others are, its own or its group's.
+    fn node(&self, function: &Glance, cdev: bool) -> Option<String> {
+        if cdev {
+            let name = self.seen.cdevs.get(&function.address)?;
+            return Some(format!("{CDEVS}{name}"));
+        }
+        let group = function.iommu_group?;
+        Some(format!("/dev/vfio/{group}"))
     }
 
     fn companion(
@@ -523,19 +537,6 @@ impl<'a> Plan<'a> {
             devices: self.got.iter().filter_map(device).collect(),
             write: self.write.iter().cloned().collect(),
         }
-    }
-}
-
-/// The node by which a companion is given away: as the others are, its own or its group's.
-fn node(function: &Glance, cdev: bool) -> Option<String> {
-    match cdev {
-        true => function
-            .vfio_device
-            .as_ref()
-            .map(|name| format!("{CDEVS}{name}")),
-        false => function
-            .iommu_group
-            .map(|group| format!("/dev/vfio/{group}")),
     }
 }
 

@@ -2,6 +2,7 @@
 //! groups to see whether they are free.
 
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use km_cdi::files;
@@ -100,6 +101,9 @@ pub fn look(
             looking.meet(address)?;
         }
     }
+    if wanted.iter().any(|one| one.node.starts_with(CDEVS)) {
+        looking.cdevs()?;
+    }
     looking.seen.used = claimed(claims);
     looking.held()?;
     Ok(looking.seen)
@@ -171,6 +175,18 @@ impl Looking<'_> {
         Ok(())
     }
 
+    /// The character devices of all functions: a companion is given away by its own where the others are.
+    fn cdevs(&mut self) -> Result<(), LookError> {
+        let functions: Vec<Address> = self.seen.functions.keys().copied().collect();
+        for address in functions {
+            let own = |root: &Root| glance::character_device_of(root, address);
+            if let Some(name) = self.step(|| address.to_string(), own)? {
+                self.seen.cdevs.insert(address, name);
+            }
+        }
+        Ok(())
+    }
+
     /// All GPUs and NVSwitches that VFIO drivers have; only a pod with several GPUs can have all.
     fn primaries(&mut self) -> Result<(), LookError> {
         let functions = self.seen.functions.values();
@@ -194,7 +210,7 @@ impl Looking<'_> {
         let mut unsure = Vec::new();
         for id in groups {
             match self.opened(id)? {
-                Free::Yes => {}
+                Free::Yes(_) => {}
                 Free::No | Free::Unknown => unsure.push(id),
             }
         }
@@ -220,7 +236,11 @@ impl Looking<'_> {
 
     fn opened(&mut self, group: u32) -> Result<Free, LookError> {
         let node = format!("/dev/vfio/{group}");
-        self.step(|| node.clone(), |root| open(root, &node))
+        let free = self.step(|| node.clone(), |root| open(root, &node))?;
+        if let Free::Yes(number) = free {
+            self.seen.numbers.insert(node, number);
+        }
+        Ok(free)
     }
 }
 
@@ -242,7 +262,8 @@ fn claimed(claims: &[Found]) -> BTreeMap<Address, String> {
 const CLAIM: &str = "its claim";
 
 enum Free {
-    Yes,
+    /// Nobody has it; its device number.
+    Yes(u64),
     No,
     /// There is no such node, or it is no device.
     Unknown,
@@ -250,15 +271,22 @@ enum Free {
 
 fn open(root: &Root, node: &str) -> Free {
     match root.open(node.as_ref(), OFlags::RDWR) {
-        Ok(fd) => {
-            let device = rustix::fs::fstat(&fd).is_ok_and(|stat| {
-                FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice
-            });
-            if device { Free::Yes } else { Free::Unknown }
-        }
+        Ok(fd) => number(&fd).map_or(Free::Unknown, Free::Yes),
         Err(error) if error.raw_os_error() == Some(Errno::BUSY.raw_os_error()) => Free::No,
         Err(_) => Free::Unknown,
     }
+}
+
+/// The device number of a character device.
+fn number(node: &OwnedFd) -> Option<u64> {
+    let stat = rustix::fs::fstat(node).ok()?;
+    let device = FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice;
+    device.then_some(stat.st_rdev)
+}
+
+/// The device number of a node that is a character device; [`look`] has those of free groups.
+pub fn number_of(root: &Root, node: &str) -> Option<u64> {
+    number(&root.open(node.as_ref(), OFlags::PATH).ok()?)
 }
 
 #[cfg(test)]

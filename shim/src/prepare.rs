@@ -4,7 +4,6 @@
 use std::borrow::Cow;
 use std::fs::File;
 use std::io::{self, Read as _};
-use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -14,7 +13,7 @@ use km_host::{Error, Root, atomic};
 
 use crate::bundle::{self, Bundle, BundleError, Node, Role};
 use crate::call::Start;
-use crate::decide::{self, Asked, Catalogue, Decision, Given, Refusal, Wanted};
+use crate::decide::{self, Asked, Catalogue, Decision, Given, Refusal, Seen, Wanted};
 use crate::kubelet::{self, AskError};
 use crate::look::{self, LookError};
 use crate::settings::Settings;
@@ -136,7 +135,7 @@ pub fn prepare(
     }
     let seen = look::look(root, &wanted, &others, look::WITHIN)?;
     let decision = decide::decide(&asked, &wanted, case, settings.companions, &seen)?;
-    let nodes = nodes(root, &decision)?;
+    let nodes = nodes(root, &decision, &seen)?;
     let edited = match nodes.is_empty() {
         true => None,
         false => Some(bundle.with_nodes(&nodes).map_err(spec_error)?),
@@ -233,17 +232,11 @@ fn wanted(
 }
 
 /// The devices to write, with the numbers that they have on the host.
-fn nodes(root: &Root, decision: &Decision) -> Result<Vec<Node>, PrepareError> {
+fn nodes(root: &Root, decision: &Decision, seen: &Seen) -> Result<Vec<Node>, PrepareError> {
     let node = |node: &String| {
-        let none = || PrepareError::NoDevice { node: node.clone() };
-        let fd = root
-            .open(node.as_ref(), rustix::fs::OFlags::PATH)
-            .map_err(|_| none())?;
-        let meta = File::from(fd).metadata().map_err(|_| none())?;
-        if !meta.file_type().is_char_device() {
-            return Err(none());
-        }
-        let number = std::os::unix::fs::MetadataExt::rdev(&meta);
+        let known = seen.numbers.get(node).copied();
+        let number = known.or_else(|| look::number_of(root, node));
+        let number = number.ok_or_else(|| PrepareError::NoDevice { node: node.clone() })?;
         Ok(Node {
             path: node.clone(),
             number: (rustix::fs::major(number), rustix::fs::minor(number)),

@@ -2,10 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read as _;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use km_host::{Error, HostPath, Root, atomic};
 use rustix::fs::{FileType, OFlags};
+use rustix::io::Errno;
 use serde::Serialize;
 
 use crate::devices::Found;
@@ -43,11 +45,16 @@ impl File {
     /// # Errors
     /// When it is not there. One that is no file, or cannot be read otherwise, is a spec that is none.
     pub fn read(root: &Root, path: &HostPath) -> Result<File, Error> {
-        let itself = root.open(path.as_path(), OFlags::PATH | OFlags::NOFOLLOW);
-        let itself = itself.map_err(Error::io("open", path.as_path()))?;
-        let is_link = rustix::fs::fstat(&itself)
-            .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Symlink);
-        let (bytes, spec) = match content(root, path) {
+        let itself = root.open(path.as_path(), OFlags::RDONLY | OFlags::NOFOLLOW);
+        let is_link = matches!(&itself, Err(error) if error.raw_os_error() == Some(LINK));
+        let opened = match itself {
+            Err(_) if is_link => root.open(path.as_path(), OFlags::RDONLY),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                return Err(Error::io("open", path.as_path())(error));
+            }
+            opened => opened,
+        };
+        let (bytes, spec) = match opened.and_then(content) {
             Ok(bytes) => {
                 let spec = Spec::parse(&bytes);
                 (bytes, spec)
@@ -63,16 +70,20 @@ impl File {
     }
 }
 
-fn content(root: &Root, path: &HostPath) -> std::io::Result<Vec<u8>> {
-    // A pipe is not waited for.
-    let fd = root.open(path.as_path(), OFlags::RDONLY | OFlags::NONBLOCK)?;
-    if FileType::from_raw_mode(rustix::fs::fstat(&fd)?.st_mode) != FileType::RegularFile {
+/// What opening a link that is not to be followed gives (open(2), `O_NOFOLLOW`).
+const LINK: i32 = Errno::LOOP.raw_os_error();
+
+fn content(fd: OwnedFd) -> std::io::Result<Vec<u8>> {
+    let stat = rustix::fs::fstat(&fd)?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
         return Err(std::io::Error::other("it is no regular file"));
     }
-    let mut bytes = Vec::new();
-    // One byte more than is allowed, so that the reader of the spec sees that it is too long.
+    // One byte more than is allowed, so that the reader of the spec sees that it is too long; and one more than it has, to see its end.
+    let most = spec::LIMIT + 1;
+    let size = usize::try_from(stat.st_size).unwrap_or(0);
+    let mut bytes = Vec::with_capacity(most.min(size + 1));
     std::fs::File::from(fd)
-        .take(spec::LIMIT as u64 + 1)
+        .take(most as u64)
         .read_to_end(&mut bytes)?;
     Ok(bytes)
 }

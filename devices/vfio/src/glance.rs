@@ -26,8 +26,6 @@ pub struct Glance {
     pub driver: Option<String>,
     /// Its IOMMU group; `None` without an IOMMU.
     pub iommu_group: Option<u32>,
-    /// Its VFIO character device's name (`vfio0`), while a VFIO driver has it.
-    pub vfio_device: Option<String>,
     /// Its NUMA node; `None` where the firmware tells none.
     pub numa_node: Option<u16>,
     /// Whether its configuration space answers all ones: it has fallen off the bus.
@@ -44,8 +42,6 @@ impl Glance {
         };
         let class = hex("class")?;
         let vendor = u16::try_from(hex("vendor")?).ok()?;
-        let vfio_device = folder.names("vfio-dev");
-        let vfio_device = vfio_device.into_iter().find(|name| is_vfio_device(name));
         Some(Glance {
             address,
             kind: (!is_bridge(class)).then(|| Kind::of(vendor, class)),
@@ -54,7 +50,6 @@ impl Glance {
             iommu_group: folder
                 .link_name("iommu_group")
                 .and_then(|name| name.parse().ok()),
-            vfio_device,
             numa_node: folder
                 .text("numa_node")
                 .and_then(|node| u16::try_from(node.parse::<i32>().ok()?).ok()),
@@ -80,6 +75,12 @@ pub fn group(root: &Root, id: u32) -> Vec<Address> {
     let mut members: Vec<Address> = names.iter().filter_map(|name| name.parse().ok()).collect();
     members.sort_unstable();
     members
+}
+
+/// The name of a function's VFIO character device (`vfio0`), which it has while a VFIO driver of a kernel with iommufd has it.
+pub fn character_device_of(root: &Root, address: Address) -> Option<String> {
+    let names = Sysfs::new(root).names(format!("{DEVICES}/{address}/vfio-dev"));
+    names.into_iter().find(|name| is_vfio_device(name))
 }
 
 /// The function behind a VFIO character device (`vfio0`): the last function in the device's place in sysfs.
@@ -138,7 +139,8 @@ mod tests {
                 assert_eq!(glance.class, function.class);
                 assert_eq!(glance.driver, function.driver);
                 assert_eq!(glance.iommu_group, function.iommu_group);
-                assert_eq!(glance.vfio_device, function.vfio_device);
+                let own = character_device_of(&root, function.address);
+                assert_eq!(own, function.vfio_device);
                 assert_eq!(glance.numa_node, function.numa_node);
                 assert_eq!(glance.dead, function.dead);
                 if let Some(name) = &function.vfio_device {

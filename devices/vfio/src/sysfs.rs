@@ -153,12 +153,6 @@ impl Folder {
         let target = rustix::fs::readlinkat(&self.0, name, Vec::new()).ok()?;
         last_part(OsStr::from_bytes(target.as_bytes()))
     }
-
-    /// As [`Sysfs::names`].
-    pub(crate) fn names(&self, name: &str) -> Vec<String> {
-        let fd = self.open(name, OFlags::RDONLY | OFlags::DIRECTORY);
-        fd.and_then(|fd| names(fd).ok()).unwrap_or_default()
-    }
 }
 
 fn read(fd: OwnedFd, limit: usize) -> Option<Vec<u8>> {
