@@ -261,11 +261,11 @@ impl Root {
 
 /// A path of the host, as openat2(2) takes it below the root.
 fn relative(path: &Path) -> &Path {
-    match path.strip_prefix("/") {
-        Ok(root) if root.as_os_str().is_empty() => Path::new("."),
-        Ok(relative) => relative,
-        Err(_) => path,
+    let relative = path.strip_prefix("/").unwrap_or(path);
+    if relative.as_os_str().is_empty() {
+        return Path::new(".");
     }
+    relative
 }
 
 #[cfg(test)]

@@ -55,7 +55,7 @@ pub struct Seen {
     pub functions: BTreeMap<Address, Glance>,
     /// The members of each group.
     pub groups: BTreeMap<u32, Vec<Address>>,
-    /// The functions' own character devices (`vfio0`); empty where groups are given away.
+    /// The own character devices (`vfio0`) of functions that are behind no wanted node; empty where groups alone are given away.
     pub cdevs: BTreeMap<Address, String>,
     /// The device numbers of the groups' nodes that nobody has, which were opened to learn that.
     pub numbers: BTreeMap<String, u64>,

@@ -1,7 +1,7 @@
 //! Looks at the node for one sandbox: CDI specs, the functions behind VFIO's nodes, and who else uses them. Reads only, but for opening
 //! groups to see whether they are free.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
@@ -175,10 +175,12 @@ impl Looking<'_> {
         Ok(())
     }
 
-    /// The character devices of all functions: a companion is given away by its own where the others are.
+    /// The character devices of the functions that are behind no wanted node: a companion is given away by its own where the others are.
     fn cdevs(&mut self) -> Result<(), LookError> {
-        let functions: Vec<Address> = self.seen.functions.keys().copied().collect();
-        for address in functions {
+        let behind: BTreeSet<&Address> = self.seen.behind.values().flatten().collect();
+        let others = self.seen.functions.keys();
+        let others = others.filter(|address| !behind.contains(address));
+        for address in others.copied().collect::<Vec<Address>>() {
             let own = |root: &Root| glance::character_device_of(root, address);
             if let Some(name) = self.step(|| address.to_string(), own)? {
                 self.seen.cdevs.insert(address, name);
@@ -220,6 +222,8 @@ impl Looking<'_> {
         let inventory = self.step(|| "the PCI bus".to_owned(), Inventory::observe)??;
         let users = |root: &Root| Users::observe(root, &inventory);
         let users = self.step(|| "all processes".to_owned(), users)??;
+        // That took a while; what a node's number was is no longer what it is.
+        self.seen.numbers.clear();
         for id in unsure {
             let busy = matches!(self.opened(id)?, Free::No);
             for address in self.group(id) {
@@ -295,6 +299,20 @@ mod tests {
 
     use super::*;
     use crate::table::Source;
+
+    #[test]
+    fn a_device_has_its_number_and_a_file_has_none() {
+        let root = Root::new("/").unwrap();
+        let null = rustix::fs::makedev(1, 3);
+        assert!(matches!(open(&root, "/dev/null"), Free::Yes(number) if number == null));
+        assert_eq!(number_of(&root, "/dev/null"), Some(null));
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let file = file.path().canonicalize().unwrap();
+        assert!(matches!(open(&root, file.to_str().unwrap()), Free::Unknown));
+        for none in [file.to_str().unwrap(), "/dev/none"] {
+            assert_eq!(number_of(&root, none), None, "{none}");
+        }
+    }
 
     #[test]
     fn a_look_that_takes_too_long_says_what_took_longest() {

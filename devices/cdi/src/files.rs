@@ -78,12 +78,12 @@ fn content(fd: OwnedFd) -> std::io::Result<Vec<u8>> {
     if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
         return Err(std::io::Error::other("it is no regular file"));
     }
-    // One byte more than is allowed, so that the reader of the spec sees that it is too long; and one more than it has, to see its end.
-    let most = spec::LIMIT + 1;
+    // One more than its size lets the end be seen without a larger buffer.
     let size = usize::try_from(stat.st_size).unwrap_or(0);
-    let mut bytes = Vec::with_capacity(most.min(size + 1));
+    let mut bytes = Vec::with_capacity(size.min(spec::LIMIT) + 1);
+    // One byte more than is allowed, so that the reader of the spec sees that it is too long.
     std::fs::File::from(fd)
-        .take(most as u64)
+        .take(spec::LIMIT as u64 + 1)
         .read_to_end(&mut bytes)?;
     Ok(bytes)
 }
@@ -478,9 +478,37 @@ mod tests {
         std::os::unix::fs::symlink("nowhere", dir.join("dangling.json")).unwrap();
         let pipe = dir.join("pipe.yaml");
         rustix::fs::mknodat(rustix::fs::CWD, &pipe, FileType::Fifo, Mode::RUSR, 0).unwrap();
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            dir.join("s.json"),
+            FileType::Socket,
+            Mode::RUSR,
+            0,
+        )
+        .unwrap();
         let files = observe(&place.root, &place.dir).unwrap();
-        assert_eq!(files.len(), 3);
+        assert_eq!(files.len(), 4);
         assert!(files.iter().all(|file| !file.ours && file.spec.is_err()));
+    }
+
+    #[test]
+    fn a_link_to_a_spec_is_read() {
+        let place = Place::new();
+        place.bring(&Place::found(&shapes::eight_gpus(), "pgpu"));
+        let dir = place.folder.path().join("var/run/cdi");
+        std::os::unix::fs::symlink("nvidia.com-pgpu.yaml", dir.join("x.yaml")).unwrap();
+        let files = observe(&place.root, &place.dir).unwrap();
+        let named = |name| {
+            files
+                .iter()
+                .find(|file| file.path.as_path().ends_with(name))
+        };
+        let (real, link) = (
+            named("nvidia.com-pgpu.yaml").unwrap(),
+            named("x.yaml").unwrap(),
+        );
+        assert!(real.ours && !link.ours);
+        assert_eq!(real.spec.as_ref().unwrap(), link.spec.as_ref().unwrap());
     }
 
     #[test]

@@ -220,7 +220,7 @@ impl Spec {
             return Err(SpecError::TooLong);
         }
         let text = std::str::from_utf8(bytes).map_err(|_| malformed("it is not UTF-8"))?;
-        // Looked for one character after the other: only where there can be one.
+        // They are outside ASCII, and searching for them goes from character to character.
         if !text.is_ascii() && text.contains(BREAKS) {
             return Err(malformed(
                 "it has U+0085, U+2028 or U+2029, which end a line in YAML 1.1 and not in 1.2: readers would see different specs",

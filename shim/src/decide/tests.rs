@@ -342,6 +342,17 @@ fn companions_go_along_or_the_pod_does_not_start() {
     assert_eq!((decision.devices.len(), decision.write.len()), (12, 4));
     assert!(addresses(&decision).contains(&SWITCH));
     assert!(matches!(add(GO), Err(Refusal::Companion { .. })));
+    // By devices of their own, too.
+    let place = Place {
+        cdev: true,
+        ..big()
+    };
+    let decision = place
+        .decide_with(&asked, case(Flavor::Rust, 4, 1), Companions::Add, |_| {})
+        .unwrap();
+    assert_eq!((decision.devices.len(), decision.write.len()), (12, 4));
+    assert!(decision.write.iter().all(|node| node.starts_with(CDEVS)));
+    assert!(decision.devices.iter().all(|device| device.cdev.is_some()));
     // Seven of eight may do without.
     assert_eq!(
         big()
