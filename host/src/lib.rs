@@ -33,4 +33,4 @@ pub mod process;
 mod root;
 
 pub use error::Error;
-pub use root::{HostPath, PathError, Root};
+pub use root::{HostPath, PathError, Root, read_regular};

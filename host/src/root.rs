@@ -176,13 +176,12 @@ impl Root {
     /// Where something is, by its absolute path; `None` when it does not exist.
     fn find(&self, path: &Path) -> Result<Option<PathBuf>, Error> {
         // Without a link on the way it is where its name says, and the kernel need not be asked, which takes longer than all the rest.
-        match self.open_beneath(path, OFlags::PATH, ResolveFlags::NO_SYMLINKS) {
+        let opened = match self.open_beneath(path, OFlags::PATH, ResolveFlags::NO_SYMLINKS) {
             Ok(_) => return Ok(Some(self.path.iter().chain(path.iter().skip(1)).collect())),
-            Err(Errno::LOOP) => {}
-            Err(Errno::NOENT) => return Ok(None),
-            Err(errno) => return Err(Error::io("resolve", path)(errno)),
-        }
-        match self.open_beneath(path, OFlags::PATH, ResolveFlags::empty()) {
+            Err(Errno::LOOP) => self.open_beneath(path, OFlags::PATH, ResolveFlags::empty()),
+            failed => failed,
+        };
+        match opened {
             Ok(fd) => {
                 let link = format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd());
                 let found = std::fs::read_link(link).map_err(Error::io("resolve", path))?;
@@ -213,16 +212,7 @@ impl Root {
     /// The system's answer; [`InvalidInput`](std::io::ErrorKind::InvalidInput) for what is no regular file, and
     /// [`FileTooLarge`](std::io::ErrorKind::FileTooLarge) for what has more bytes.
     pub fn read(&self, path: &Path, limit: u64) -> std::io::Result<Vec<u8>> {
-        let file = std::fs::File::from(self.open(path, OFlags::RDONLY)?);
-        let meta = file.metadata()?;
-        if !meta.is_file() {
-            let what = "it is no regular file";
-            return Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, what));
-        }
-        // One more than its size lets the end be seen without a larger buffer.
-        let size = usize::try_from(meta.len().min(limit)).unwrap_or(0);
-        let mut bytes = Vec::with_capacity(size + 1);
-        file.take(limit.saturating_add(1)).read_to_end(&mut bytes)?;
+        let bytes = read_regular(self.open(path, OFlags::RDONLY)?, limit.saturating_add(1))?;
         if bytes.len() as u64 > limit {
             let what = format!("it has more than {limit} bytes");
             return Err(std::io::Error::new(std::io::ErrorKind::FileTooLarge, what));
@@ -257,6 +247,24 @@ impl Root {
         }
         Err(Errno::AGAIN)
     }
+}
+
+/// Reads the first bytes of a regular file, `most` of them.
+///
+/// # Errors
+/// The system's answer; [`InvalidInput`](std::io::ErrorKind::InvalidInput) for what is no regular file.
+pub fn read_regular(file: OwnedFd, most: u64) -> std::io::Result<Vec<u8>> {
+    let file = std::fs::File::from(file);
+    let meta = file.metadata()?;
+    if !meta.is_file() {
+        let what = "it is no regular file";
+        return Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, what));
+    }
+    // One more than its size lets the end be seen without a larger buffer.
+    let size = usize::try_from(meta.len().min(most)).unwrap_or(0);
+    let mut bytes = Vec::with_capacity(size.saturating_add(1));
+    file.take(most).read_to_end(&mut bytes)?;
+    Ok(bytes)
 }
 
 /// A path of the host, as openat2(2) takes it below the root.

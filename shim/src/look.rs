@@ -222,7 +222,7 @@ impl Looking<'_> {
         let inventory = self.step(|| "the PCI bus".to_owned(), Inventory::observe)??;
         let users = |root: &Root| Users::observe(root, &inventory);
         let users = self.step(|| "all processes".to_owned(), users)??;
-        // That took a while; what a node's number was is no longer what it is.
+        // That took a while: a node's number may be another by now.
         self.seen.numbers.clear();
         for id in unsure {
             let busy = matches!(self.opened(id)?, Free::No);
@@ -276,7 +276,7 @@ enum Free {
 fn open(root: &Root, node: &str) -> Free {
     match root.open(node.as_ref(), OFlags::RDWR) {
         Ok(fd) => number(&fd).map_or(Free::Unknown, Free::Yes),
-        Err(error) if error.raw_os_error() == Some(Errno::BUSY.raw_os_error()) => Free::No,
+        Err(error) if Errno::from_io_error(&error) == Some(Errno::BUSY) => Free::No,
         Err(_) => Free::Unknown,
     }
 }

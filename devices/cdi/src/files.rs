@@ -1,8 +1,6 @@
 //! A folder of CDI specs: what lies in it, what would have to change, and the change. Files of others are read and never touched.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::Read as _;
-use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use km_host::{Error, HostPath, Root, atomic};
@@ -43,18 +41,23 @@ impl File {
     /// Reads one file.
     ///
     /// # Errors
-    /// When it is not there. One that is no file, or cannot be read otherwise, is a spec that is none.
+    /// When it is not there, or this program has no descriptor or memory left. One that is no file, or cannot be read otherwise, is a spec
+    /// that is none.
     pub fn read(root: &Root, path: &HostPath) -> Result<File, Error> {
         let itself = root.open(path.as_path(), OFlags::RDONLY | OFlags::NOFOLLOW);
-        let is_link = matches!(&itself, Err(error) if error.raw_os_error() == Some(LINK));
-        let opened = match itself {
-            Err(_) if is_link => root.open(path.as_path(), OFlags::RDONLY),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+        let errno = itself.as_ref().err().and_then(Errno::from_io_error);
+        // Opening a link that is not to be followed gives ELOOP (open(2), `O_NOFOLLOW`).
+        let is_link = errno == Some(Errno::LOOP);
+        let opened = match (itself, errno) {
+            (Err(error), Some(Errno::NOENT | Errno::MFILE | Errno::NFILE | Errno::NOMEM)) => {
                 return Err(Error::io("open", path.as_path())(error));
             }
-            opened => opened,
+            (Err(_), _) if is_link => root.open(path.as_path(), OFlags::RDONLY),
+            (itself, _) => itself,
         };
-        let (bytes, spec) = match opened.and_then(content) {
+        // One byte more than is allowed, so that the reader of the spec sees that it is too long.
+        let bytes = opened.and_then(|file| km_host::read_regular(file, spec::LIMIT as u64 + 1));
+        let (bytes, spec) = match bytes {
             Ok(bytes) => {
                 let spec = Spec::parse(&bytes);
                 (bytes, spec)
@@ -68,24 +71,6 @@ impl File {
             bytes,
         })
     }
-}
-
-/// What opening a link that is not to be followed gives (open(2), `O_NOFOLLOW`).
-const LINK: i32 = Errno::LOOP.raw_os_error();
-
-fn content(fd: OwnedFd) -> std::io::Result<Vec<u8>> {
-    let stat = rustix::fs::fstat(&fd)?;
-    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-        return Err(std::io::Error::other("it is no regular file"));
-    }
-    // One more than its size lets the end be seen without a larger buffer.
-    let size = usize::try_from(stat.st_size).unwrap_or(0);
-    let mut bytes = Vec::with_capacity(size.min(spec::LIMIT) + 1);
-    // One byte more than is allowed, so that the reader of the spec sees that it is too long.
-    std::fs::File::from(fd)
-        .take(spec::LIMIT as u64 + 1)
-        .read_to_end(&mut bytes)?;
-    Ok(bytes)
 }
 
 /// The names in a folder that can be printed, sorted; `None` when it is not there.

@@ -5,7 +5,7 @@ use km_host::Root;
 use serde::Serialize;
 
 use crate::inventory::{is_bridge, is_vfio};
-use crate::observe::is_vfio_device;
+use crate::observe::{Identity, identity, is_vfio_device, vfio_device};
 use crate::sysfs::Sysfs;
 use crate::{Address, Kind};
 
@@ -36,12 +36,7 @@ impl Glance {
     /// Looks at a function; `None` when there is none.
     pub fn at(root: &Root, address: Address) -> Option<Glance> {
         let folder = Sysfs::new(root).folder(format!("{DEVICES}/{address}"))?;
-        let hex = |name: &str| {
-            let text = folder.text(name)?;
-            u32::from_str_radix(text.strip_prefix("0x")?, 16).ok()
-        };
-        let class = hex("class")?;
-        let vendor = u16::try_from(hex("vendor")?).ok()?;
+        let Identity { vendor, class, .. } = identity(&folder.text("modalias")?)?;
         Some(Glance {
             address,
             kind: (!is_bridge(class)).then(|| Kind::of(vendor, class)),
@@ -79,8 +74,7 @@ pub fn group(root: &Root, id: u32) -> Vec<Address> {
 
 /// The name of a function's VFIO character device (`vfio0`), which it has while a VFIO driver of a kernel with iommufd has it.
 pub fn character_device_of(root: &Root, address: Address) -> Option<String> {
-    let names = Sysfs::new(root).names(format!("{DEVICES}/{address}/vfio-dev"));
-    names.into_iter().find(|name| is_vfio_device(name))
+    vfio_device(Sysfs::new(root), address)
 }
 
 /// The function behind a VFIO character device (`vfio0`): the last function in the device's place in sysfs.

@@ -22,12 +22,12 @@ const DEPTH: usize = 256;
 
 /// What `modalias` tells.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Identity {
-    vendor: u16,
+pub(crate) struct Identity {
+    pub(crate) vendor: u16,
     device: u16,
     subsystem_vendor: u16,
     subsystem_device: u16,
-    class: u32,
+    pub(crate) class: u32,
 }
 
 impl Inventory {
@@ -84,7 +84,7 @@ fn identities(sysfs: Sysfs<'_>) -> Result<All, km_host::Error> {
 }
 
 /// Reads `pci:v000010DEd00002331sv000010DEsd00001626bc03sc02i00` (scripts/mod/file2alias.c of the kernel has the format).
-fn identity(modalias: &str) -> Option<Identity> {
+pub(crate) fn identity(modalias: &str) -> Option<Identity> {
     let mut rest = modalias.strip_prefix("pci:")?;
     let mut field = |name: &str, digits: usize| {
         let (value, after) = rest.strip_prefix(name)?.split_at_checked(digits)?;
@@ -207,6 +207,12 @@ fn group_id(sysfs: Sysfs<'_>, address: Address) -> Option<u32> {
         .ok()
 }
 
+/// The name of a function's VFIO character device (`vfio0`).
+pub(crate) fn vfio_device(sysfs: Sysfs<'_>, address: Address) -> Option<String> {
+    let names = sysfs.names(format!("{DEVICES}/{address}/vfio-dev"));
+    names.into_iter().find(|name| is_vfio_device(name))
+}
+
 fn function(
     sysfs: Sysfs<'_>,
     address: Address,
@@ -217,10 +223,7 @@ fn function(
     // The last part of the way is the function itself.
     path.pop_if(|last| *last == address);
     let kind = Kind::of(identity.vendor, identity.class);
-    let vfio_device = sysfs
-        .names(format!("{dir}/vfio-dev"))
-        .into_iter()
-        .find(|name| is_vfio_device(name));
+    let vfio_device = vfio_device(sysfs, address);
     Some(Function {
         address,
         kind,
